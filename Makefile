@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint bench programs clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/gradwatch demo $(ARGS)
+
+test: $(VENV)/dev.stamp programs lint
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/hook_overhead.py
+
+# A machine with an NVIDIA GPU: TORCH_INDEX names the index of the CUDA build that you want.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	--constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+$(VENV)/demo.stamp: $(VENV)/made.stamp pyproject.toml constraints.txt
+	$(PIP_INSTALL) --editable ".[torch,demo]"
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/made.stamp pyproject.toml constraints.txt
+	$(PIP_INSTALL) --editable ".[dev]"
+	touch $@ $(VENV)/demo.stamp
+
+$(VENV)/made.stamp:
+	@scripts/venv "$(PYTHON)" "$(VENV)"
+	touch $@
+
+programs:
+	@scripts/programs
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,115 @@
+"""The METRICS table: every series that gradwatch exports, in one place.
+
+The exporter, the alert rules, the dashboards and the docs import this table or are tested
+against it. Names are API: base units, `_total` on counters only, `run` and `rank` on all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["METRICS", "NORM_BUCKETS", "PREFIX", "STEP_SECONDS_BUCKETS", "MetricSpec"]
+
+PREFIX = "gradwatch_"
+Type = Literal["counter", "gauge", "histogram", "info"]
+
+NORM_BUCKETS = tuple(float(f"{m}e{e}") for e in range(-4, 9) for m in (1, 3))[:25]
+"""Half-decades from 1e-4 to 1e8."""
+
+STEP_SECONDS_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    name: str
+    """Without prefix; as exposed, so counters end in `_total`."""
+
+    type: Type
+    help: str
+    labels: tuple[str, ...] = ()
+    """Beside `run` and `rank`."""
+
+    unit: str = "none"
+    """Grafana unit of a panel that shows it."""
+
+    @property
+    def full_name(self) -> str:
+        return PREFIX + self.name
+
+
+_SPECS = (
+    MetricSpec("steps_total", "counter", "Optimizer steps that were due, skipped ones included."),
+    MetricSpec("step", "gauge", "Index of the last optimizer step."),
+    MetricSpec("micro_batches_total", "counter", "Forward-backward passes seen."),
+    MetricSpec("accumulation_steps", "gauge", "Micro-batches in the last optimizer step."),
+    MetricSpec("total_norm", "gauge", "L2 norm of the whole gradient before clipping."),
+    MetricSpec("total_norm_clipped", "gauge", "L2 norm of the whole gradient after clipping."),
+    MetricSpec(
+        "total_norm_window_max",
+        "gauge",
+        "Largest finite total_norm of the last 60 seconds, so that a one-step spike is scraped.",
+    ),
+    MetricSpec(
+        "total_norm_distribution", "histogram", "Distribution of the finite pre-clip total_norm."
+    ),
+    MetricSpec(
+        "grad_norm", "gauge", "L2 norm of one layer's gradient before clipping.", ("layer",)
+    ),
+    MetricSpec(
+        "clip_coef",
+        "gauge",
+        "Multiplier that clipping applied to one layer's gradient, 1 when untouched.",
+        ("layer",),
+    ),
+    MetricSpec("clipped_steps_total", "counter", "Steps in which a rule clipped.", ("rule",)),
+    MetricSpec("skipped_steps_total", "counter", "Steps dropped, by reason.", ("reason",)),
+    MetricSpec("events_total", "counter", "Anomalies, by kind and level.", ("event", "level")),
+    MetricSpec(
+        "last_event_timestamp_seconds",
+        "gauge",
+        "Unix time of the last anomaly of a kind at ALERT level, 0 when there was none.",
+        ("event",),
+        "dateTimeAsIso",
+    ),
+    MetricSpec(
+        "anomaly_active", "gauge", "1 while an ALERT episode of this kind is open.", ("event",)
+    ),
+    MetricSpec("anomalous_layers", "gauge", "Layers in an open episode of this kind.", ("event",)),
+    MetricSpec("loss", "gauge", "Last loss given to watch.log."),
+    MetricSpec("loss_scale", "gauge", "Loss scale of mixed precision, when one is known."),
+    MetricSpec("learning_rate", "gauge", "Learning rate of the first parameter group."),
+    MetricSpec("limit", "gauge", "Limit in force.", ("rule",)),
+    MetricSpec(
+        "enforcing",
+        "gauge",
+        "1 while the policy's decisions are applied, 0 while they are not.",
+    ),
+    MetricSpec("records_dropped_total", "counter", "Steps the recorder could not keep up with."),
+    MetricSpec("recording_bytes", "gauge", "Size of the recording on disk.", (), "bytes"),
+    MetricSpec(
+        "last_step_timestamp_seconds",
+        "gauge",
+        "Unix time of the last optimizer step.",
+        (),
+        "dateTimeAsIso",
+    ),
+    MetricSpec(
+        "step_duration_seconds", "histogram", "Time from one optimizer step to the next.", (), "s"
+    ),
+    MetricSpec(
+        "overhead_seconds_total", "counter", "Time gradwatch took on the training thread.", (), "s"
+    ),
+    MetricSpec("hook_errors_total", "counter", "Errors of gradwatch itself.", ("component",)),
+    MetricSpec("series_dropped", "gauge", "Layer series left out by the cap."),
+    MetricSpec("run_state", "gauge", "1 for the state the run is in.", ("state",)),
+    MetricSpec(
+        "info",
+        "info",
+        "What runs: always 1.",
+        ("version", "framework", "mode", "policy", "model"),
+    ),
+)
+
+METRICS: dict[str, MetricSpec] = {spec.name: spec for spec in _SPECS}
+"""By name without the prefix."""

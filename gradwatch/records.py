@@ -1,0 +1,235 @@
+"""The nouns: what is watched (Parameter, Layout) and what one step left behind (StepRecord).
+
+Values only. Whatever crosses from the training thread to detection, recording, metrics and
+dashboards is one of these, so that each of them can be replayed from a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "Anomaly",
+    "Grouping",
+    "Layout",
+    "Level",
+    "Parameter",
+    "RunInfo",
+    "StepRecord",
+    "layer_name",
+]
+
+Float32s = npt.NDArray[np.float32]
+Float64s = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.intp]
+
+Level = Literal["event", "warning", "alert"]
+Grouping = Literal["parameter", "module"] | int
+"""How parameters form layers: one each, by owning module, or by the first n parts of its path."""
+
+ROOT = "(root)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One parameter tensor as the policy and the reader know it."""
+
+    name: str
+    """Its first name in `named_parameters()`."""
+
+    shape: tuple[int, ...] = ()
+
+    module: str = ""
+    """Class name of the module that owns it, e.g. `Embedding`."""
+
+    group: int = 0
+    """Index of the optimizer's parameter group."""
+
+    aliases: tuple[str, ...] = ()
+    """Further names of a tied parameter; a selector may use any of them."""
+
+    @property
+    def num_elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def layer_name(parameter: str, grouping: Grouping) -> str:
+    """The layer of a parameter name: `a.b.weight` is in `a.b`, at depth 1 in `a`."""
+    if grouping == "parameter":
+        return parameter
+    path = parameter.split(".")[:-1]
+    if grouping != "module":
+        path = path[:grouping]
+    return ".".join(path) or ROOT
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which parameters are watched, in which order, and which layer each one belongs to.
+
+    P parameters in `named_parameters()` order, L layers in order of their first parameter.
+    """
+
+    parameters: tuple[Parameter, ...]
+    layers: tuple[str, ...]
+    layer_of: tuple[int, ...]
+    """[P] index into `layers`."""
+
+    @classmethod
+    def of(cls, parameters: Sequence[Parameter], grouping: Grouping = "module") -> Layout:
+        names = [layer_name(parameter.name, grouping) for parameter in parameters]
+        layers = tuple(dict.fromkeys(names))
+        index = {layer: i for i, layer in enumerate(layers)}
+        return cls(tuple(parameters), layers, tuple(index[name] for name in names))
+
+    @cached_property
+    def layer_of_P(self) -> Indices:
+        return np.asarray(self.layer_of, dtype=np.intp)
+
+    def layer_norms(self, tensor_norms_P: npt.NDArray[np.floating]) -> Float64s:
+        """L2 norm of each layer [L] from the L2 norms of its tensors [P], in float64."""
+        squares = np.square(np.asarray(tensor_norms_P, dtype=np.float64))
+        return np.sqrt(np.bincount(self.layer_of_P, squares, minlength=len(self.layers)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anomaly:
+    """One detector's finding. An episode of consecutive steps is one anomaly."""
+
+    kind: str
+    """A kind of the detectors: `exploding`, `nonfinite`, ..."""
+
+    level: Level
+    step: int
+
+    layer: str | None = None
+    """The worst layer, or None where no single layer is meant."""
+
+    layers: tuple[str, ...] = ()
+    """The affected layers, worst first; at most a handful, `message` counts the rest."""
+
+    value: float = float("nan")
+    expected: float = float("nan")
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What stays the same for the whole of one run on one rank."""
+
+    run: str
+    layout: Layout
+    rank: int = 0
+    rules: tuple[str, ...] = ()
+    """Names of the clip rules, in the order of the policy."""
+
+    mode: str = "observe"
+    """`enforce`, `shadow` or `observe` (no policy)."""
+
+    policy: str = ""
+    """The policy in force as canonical YAML; empty without one."""
+
+    policy_sha256: str = ""
+    framework: str = ""
+    """E.g. `torch 2.13.0`."""
+
+    model: str = ""
+    version: str = ""
+    """Of gradwatch."""
+
+    started: float = 0.0
+    """Unix time in seconds."""
+
+    pid: int = 0
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Every reason for which a step may be skipped."""
+        return ("nonfinite", *self.rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one optimizer step left behind; skipped steps have one too.
+
+    Norms are L2, pre-clip, unscaled and of the gradient that the optimizer was due to see.
+    A parameter without a gradient has norm 0, coef 1 and `present_P` false.
+    """
+
+    step: int
+    """Optimizer steps that were due before this one, skipped ones included."""
+
+    time: float
+    """Unix time in seconds."""
+
+    layout: Layout
+    total_norm: float
+    total_norm_clipped: float
+    """The same norm after the policy; equal to `total_norm` where nothing was clipped."""
+
+    clip_coef: float = 1.0
+    """total_norm_clipped / total_norm; 1 where the norm is 0 or not finite."""
+
+    fired: tuple[str, ...] = ()
+    """Names of the clip rules whose limit was exceeded."""
+
+    clipped: bool = False
+    """Whether any multiplier was below 1."""
+
+    skipped: str | None = None
+    """Why the step was dropped (`nonfinite` or the name of a rule), or None."""
+
+    tensor_norms_P: Float32s
+    tensor_coefs_P: Float32s
+    present_P: Bools
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """The limit in force, by rule name."""
+
+    micro_batches: int = 1
+    weight: float = 1.0
+    loss_scale: float = float("nan")
+    learning_rate: float = float("nan")
+    duration_seconds: float = float("nan")
+    """Since the step before; NaN for the first."""
+
+    overhead_seconds: float = 0.0
+    """Spent by gradwatch on the training thread in this step."""
+
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """What `watch.log` was given for this step; `loss` among them."""
+
+    anomalies: tuple[Anomaly, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return self.layout.layers
+
+    @cached_property
+    def present_L(self) -> Bools:
+        """[L] whether any parameter of the layer had a gradient."""
+        layer_of = self.layout.layer_of_P
+        return np.bincount(layer_of, self.present_P, minlength=len(self.layers)) > 0
+
+    @cached_property
+    def grad_norms(self) -> Float32s:
+        """[L] L2 norm of each layer's gradient before clipping."""
+        return self.layout.layer_norms(self.tensor_norms_P).astype(np.float32)
+
+    @cached_property
+    def coefs(self) -> Float32s:
+        """[L] post-clip norm over pre-clip norm of each layer, 1 where that is 0 or not finite."""
+        before = self.layout.layer_norms(self.tensor_norms_P)
+        with np.errstate(invalid="ignore"):
+            after = self.layout.layer_norms(self.tensor_norms_P * self.tensor_coefs_P)
+        usable = np.isfinite(before) & (before > 0)
+        return np.divide(after, before, out=np.ones_like(before), where=usable).astype(np.float32)
