@@ -1,0 +1,38 @@
+"""The policy: what may happen to a gradient between `backward()` and `step()`.
+
+    policy.yaml  ->  Policy  ->  select(rule, layout)
+
+A file is read, checked and refused as a whole: every mistake with its line, or a policy.
+"""
+
+from gradwatch.policy.accumulate import Accumulate, SampleTarget
+from gradwatch.policy.clip import ClipRule
+from gradwatch.policy.detectors import Detect, Exploding, Nonfinite, Spike, Vanishing
+from gradwatch.policy.forms import Budget, Schedule
+from gradwatch.policy.loading import load_policy, parse_policy
+from gradwatch.policy.models import Depth, Guard, Policy
+from gradwatch.policy.schema import policy_schema
+from gradwatch.policy.selection import check_against, select
+from gradwatch.policy.statistic import StatisticLimit
+
+__all__ = [
+    "Accumulate",
+    "Budget",
+    "ClipRule",
+    "Depth",
+    "Detect",
+    "Exploding",
+    "Guard",
+    "Nonfinite",
+    "Policy",
+    "SampleTarget",
+    "Schedule",
+    "Spike",
+    "StatisticLimit",
+    "Vanishing",
+    "check_against",
+    "load_policy",
+    "parse_policy",
+    "policy_schema",
+    "select",
+]

@@ -1,0 +1,126 @@
+"""The policy format as a JSON Schema, for editors and for checks in other languages.
+
+Made from the models, so that the words under a key in an editor are those of its docstring. What
+this version refuses by name is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gradwatch.policy.models import Policy
+from gradwatch.policy.supported import REFUSED, Refusal
+from gradwatch.policy.values import OFF
+
+__all__ = ["SCHEMA_FILE", "policy_schema", "schema_text"]
+
+Schema = dict[str, Any]
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+REF = "#/$defs/"
+SCHEMA_FILE = Path(__file__).with_name("policy.schema.json")
+"""The checked-in schema, `schema_text()`."""
+
+
+def policy_schema() -> Schema:
+    """A JSON Schema (draft 2020-12) of what `load_policy` takes, but for what no schema can say.
+
+    Unique names, relations between keys and selectors that match nothing are left to `load_policy`.
+    """
+    schema = Policy.model_json_schema(mode="validation")
+    for refusal in REFUSED:
+        _leave_out(refusal, schema)
+    definitions = {name: _tidy(part) for name, part in schema.pop("$defs").items()}
+    definitions["Detect"] = _with_off(definitions["Detect"])
+    root = _tidy(schema)
+    used = _reachable(root, definitions)
+    title = {"$schema": DIALECT, "title": "gradwatch policy"}
+    return {**title, **root, "$defs": {name: definitions[name] for name in sorted(used)}}
+
+
+def schema_text() -> str:
+    """The schema as the file beside this module holds it."""
+    return json.dumps(policy_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _leave_out(refusal: Refusal, schema: Schema) -> None:
+    """Takes what is refused out of a schema, in place."""
+    *above, key = refusal.at.replace("[]", ".[]").split(".")
+    section = schema
+    for part in above:
+        section = section["items"] if part == "[]" else section["properties"][part]
+        section = _resolved(section, schema)
+    entry = section["properties"].get(key)
+    if entry is None:
+        return
+    if refusal.always:
+        del section["properties"][key]
+    elif refusal.model:
+        forms = entry.pop("oneOf")
+        entry["anyOf"] = [form for form in forms if form.get("$ref") != REF + refusal.model]
+    else:
+        entry["enum"] = list(refusal.working)
+        entry.pop("pattern", None)
+
+
+def _resolved(node: Schema, schema: Schema) -> Schema:
+    reference = node.get("$ref") or node.get("allOf", [{}])[0].get("$ref")
+    if reference is None:
+        return node
+    resolved: Schema = schema["$defs"][reference.removeprefix(REF)]
+    return resolved
+
+
+def _tidy(node: Any) -> Any:
+    """No titles, no nulls, no defaults but plain ones, text on one line, no `1.0`."""
+    if isinstance(node, str):
+        return " ".join(node.split())
+    if isinstance(node, list):
+        return [_tidy(item) for item in node if item != {"type": "null"}]
+    if isinstance(node, float) and node.is_integer():
+        return int(node)
+    if not isinstance(node, dict):
+        return node
+    kept = {key: _tidy(value) for key, value in node.items() if not _noise(key, value)}
+    if "const" in kept:
+        kept.pop("enum", None)
+    for forms in ("allOf", "anyOf", "oneOf"):
+        if len(kept.get(forms, ())) == 1:
+            kept = {**kept.pop(forms)[0], **kept}
+    return kept
+
+
+def _noise(key: str, value: Any) -> bool:
+    if key == "title":
+        return isinstance(value, str)
+    return key == "default" and (not value or isinstance(value, dict))
+
+
+def _with_off(detect: Schema) -> Schema:
+    """A detector is a mapping of its keys, or `none`."""
+    entries = {
+        kind: {
+            "description": entry["description"],
+            "anyOf": [{"$ref": entry["$ref"]}, {"const": OFF}],
+        }
+        for kind, entry in detect["properties"].items()
+    }
+    return {**detect, "properties": entries}
+
+
+def _reachable(node: Any, definitions: Schema) -> set[str]:
+    """Names of the definitions that a schema refers to, directly or through another one."""
+    found: set[str] = set()
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting += node
+        elif isinstance(node, dict):
+            waiting += node.values()
+            name = str(node.get("$ref", "")).removeprefix(REF)
+            if name in definitions and name not in found:
+                found.add(name)
+                waiting.append(definitions[name])
+    return found

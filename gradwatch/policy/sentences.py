@@ -1,0 +1,107 @@
+"""A policy in, what it means in words out: one sentence for each thing that it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from gradwatch.policy.clip import ClipRule
+from gradwatch.policy.forms import Schedule
+from gradwatch.policy.models import Depth, Guard, Policy
+
+__all__ = ["sentences"]
+
+MODES = {
+    "enforce": "Its decisions are applied.",
+    "shadow": "Shadow: it is reported what it would do, and nothing is touched.",
+    "observe": "It decides nothing: gradients are only observed.",
+}
+
+UNITS = {
+    "all": "as one vector",
+    "group": "each parameter group as one vector",
+    "layer": "each layer as one vector",
+    "tensor": "each tensor by itself",
+}
+
+ACTIONS = {
+    "scale": "it is scaled down to that",
+    "skip": "the step is skipped",
+    "stop": "the run is stopped before the update",
+    "warn": "a warning is logged",
+}
+
+NONFINITE = {
+    "skip": "A step with NaN or inf in a gradient is skipped.",
+    "stop": "NaN or inf in a gradient stops the run before the update.",
+    "none": "NaN and inf are let through to the optimizer.",
+}
+
+
+def sentences(policy: Policy) -> list[str]:
+    """The policy as it is understood, in the order in which it acts.
+
+    Which parameters a selector matches depends on the model, and is checked where it is attached.
+    """
+    return [
+        MODES[policy.effective_mode],
+        _layers(policy),
+        *_guard(policy.guard),
+        *(f"clip {rule.name}: {_rule(rule)}" for rule in policy.clip),
+        _detectors(policy),
+    ]
+
+
+def _layers(policy: Policy) -> str:
+    if isinstance(policy.layers, Depth):
+        parts = policy.layers.depth
+        return (
+            f"Layers are named by the first {parts} part{'s' * (parts > 1)} of a parameter's name."
+        )
+    unit = "parameter is a layer" if policy.layers == "parameter" else "module is a layer"
+    return f"Each {unit}."
+
+
+def _guard(guard: Guard) -> Iterator[str]:
+    yield f"guard: {NONFINITE[guard.nonfinite]}"
+    if guard.patience is not None:
+        yield f"guard: {guard.patience} skipped steps in a row stop the run."
+    if guard.budget is not None:
+        yield f"guard: {guard.budget.skips} skipped steps within {guard.budget.steps} stop the run."
+    after = "stop the run" if guard.on_error == "stop" else "end the enforcing; the run goes on"
+    yield f"guard: 3 failures of gradwatch itself in a row {after}."
+
+
+def _rule(rule: ClipRule) -> str:
+    return (
+        f"on {_selection(rule)}, {UNITS[rule.per]}, where the {rule.measure.upper()} norm exceeds "
+        f"{_limit(rule)}, {ACTIONS[rule.then]}."
+    )
+
+
+def _selection(rule: ClipRule) -> str:
+    chosen = "all parameters" if rule.params == ("*",) else f"parameters {_listed(rule.params)}"
+    if rule.types:
+        chosen += f" of {_listed(rule.types)}"
+    if rule.groups:
+        chosen += f" in group {_listed([str(group) for group in rule.groups])}"
+    if rule.ndim is not None:
+        chosen += f" with ndim {rule.ndim}"
+    if rule.exclude:
+        chosen += f" except {_listed(rule.exclude)}"
+    return chosen
+
+
+def _limit(rule: ClipRule) -> str:
+    if not isinstance(rule.limit, Schedule):
+        return f"{rule.limit:g}"
+    points = [f"{value:g} at step {step}" for step, value in rule.limit.points]
+    return f"a limit of {', then '.join(points)} (linear between)"
+
+
+def _detectors(policy: Policy) -> str:
+    kinds = [kind for kind, detector in policy.detect if detector is not None]
+    return f"detect: {', '.join(kinds) or 'nothing'}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " or ".join(words)

@@ -1,0 +1,135 @@
+"""What the format knows and this version does not do yet, refused by name.
+
+Each entry of `REFUSED` is one such thing: decoded and checked like everything else, then refused.
+A line that is deleted here is a feature that begins to work, in files and in the schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gradwatch.policy.clip import is_measure
+from gradwatch.policy.locating import Path, at, one_of, shown
+from gradwatch.policy.statistic import is_statistic
+
+__all__ = ["REFUSED", "Refusal", "refused", "working_words"]
+
+
+def _given(_: object) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One thing that is refused."""
+
+    at: str
+    """The entry, `[]` for each item of a list: `clip[].limit`."""
+
+    instead: str
+    """What to do, a sentence without its full stop."""
+
+    what: str = "{value} is"
+    """Subject and verb of the message."""
+
+    when: Callable[[Any], bool] = _given
+    """Which values are refused; all of them where this is left out."""
+
+    working: tuple[str, ...] = ()
+    """The words that the entry may hold; empty where it does not hold a word."""
+
+    model: str = ""
+    """The form that is refused, as the schema calls it; empty where it is not a form."""
+
+    stands_for: tuple[str, ...] = ()
+    """Keys beside it that are not missing where it is given."""
+
+    @property
+    def always(self) -> bool:
+        """Whether the entry is refused whatever it holds."""
+        return self.when is _given
+
+    def message(self, value: object) -> str:
+        what = self.what.format(value=shown(value))
+        return f": {what} not supported by this version yet. {self.instead}"
+
+
+def _words(at: str, refused: Callable[[Any], bool], working: tuple[str, ...]) -> Refusal:
+    return Refusal(at, f"Use {one_of(working)}", when=refused, working=working)
+
+
+def _detector(kind: str) -> Refusal:
+    return Refusal(f"detect.{kind}", "Leave it out", what=f"the detector {kind} is")
+
+
+REFUSED = (
+    Refusal(
+        "accumulate",
+        "Leave it out: the loop's own windows are counted",
+        what="accumulation by policy is",
+    ),
+    _words("guard.nonfinite", lambda value: value == "zero", ("skip", "stop", "none")),
+    Refusal("clip[].use", "Write the keys out", what="presets are", stands_for=("limit",)),
+    _words(
+        "clip[].per",
+        lambda value: value in ("unit", "element"),
+        ("all", "group", "layer", "tensor"),
+    ),
+    _words("clip[].measure", lambda value: is_measure(value) and value != "l2", ("l2",)),
+    Refusal(
+        "clip[].limit",
+        "Use a number or a schedule",
+        what="statistic limits are",
+        when=is_statistic,
+        model="StatisticLimit",
+    ),
+    _words("clip[].then", lambda value: value == "zero", ("scale", "skip", "stop", "warn")),
+    _detector("overflow"),
+    _detector("loss_spike"),
+    _detector("diverging"),
+    _detector("collapsed"),
+    _detector("stalled_update"),
+    _detector("oversized_update"),
+    _detector("dead"),
+    _detector("loss_scale_collapse"),
+    _detector("underflow"),
+    _detector("swallowed_update"),
+    _detector("rank_divergence"),
+    _detector("rank_outlier"),
+    _detector("unused"),
+    _detector("stuck"),
+    _detector("clip_saturated"),
+)
+
+
+def refused(data: Any) -> Iterator[tuple[Path, Refusal]]:
+    """Each refused entry of a policy's plain data, with the path to it."""
+    for refusal in REFUSED:
+        for path in _paths(data, refusal.at):
+            value = at(data, path)
+            if value is not None and refusal.when(value):
+                yield path, refusal
+
+
+def working_words(path: Path) -> tuple[str, ...]:
+    """The words that work at an entry of which some are refused; empty elsewhere."""
+    pattern = ".".join("[]" if isinstance(part, int) else part for part in path)
+    pattern = pattern.replace(".[]", "[]")
+    return next((entry.working for entry in REFUSED if entry.at == pattern), ())
+
+
+def _paths(data: Any, pattern: str) -> Iterator[Path]:
+    """The entries that are there under a dotted path."""
+    head, many, key = pattern.rpartition("[].")
+    if not many:
+        path = tuple(pattern.split("."))
+        holder = at(data, path[:-1])
+        if isinstance(holder, dict) and path[-1] in holder:
+            yield path
+        return
+    items = at(data, (head,))
+    for index, item in enumerate(items if isinstance(items, list) else ()):
+        if isinstance(item, dict) and key in item:
+            yield (head, index, key)

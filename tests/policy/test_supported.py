@@ -1,0 +1,104 @@
+"""What the format knows and this version does not do is refused by name, and only that."""
+
+from __future__ import annotations
+
+import pytest
+
+from gradwatch.errors import PolicyError
+from gradwatch.policy import decoding, load_policy, parse_policy, supported
+from gradwatch.policy.supported import REFUSED
+
+
+def complaints(text: str) -> list[str]:
+    with pytest.raises(PolicyError) as caught:
+        parse_policy(text, "policy.yaml")
+    return str(caught.value).splitlines()
+
+
+def test_a_statistic_limit_is_refused_by_name():
+    text = "version: 1\nclip:\n\n\n\n\n  - limit: {z: 4}\n"
+    assert complaints(text) == [
+        "policy.yaml:7:5: clip[0].limit: statistic limits are not supported by this version yet. "
+        "Use a number or a schedule"
+    ]
+
+
+RULES = {
+    "{use: agc}": "5: clip[0].use: presets are not supported by this version yet. "
+    "Write the keys out",
+    "{per: unit, limit: 1}": "5: clip[0].per: unit is not supported by this version yet. "
+    "Use all, group, layer or tensor",
+    "{per: element, limit: 1}": "5: clip[0].per: element is not supported by this version yet. "
+    "Use all, group, layer or tensor",
+    "{measure: weight, limit: 1, floor: 1e-3}": "5: clip[0].measure: weight is not supported "
+    "by this version yet. Use l2",
+    "{measure: l3.5, limit: 1}": "5: clip[0].measure: l3.5 is not supported by this version yet. "
+    "Use l2",
+    "{then: zero, limit: 1}": "5: clip[0].then: zero is not supported by this version yet. "
+    "Use scale, skip, stop or warn",
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_is_refused_by_the_key_that_does_not_work_yet(rule):
+    assert complaints(f"version: 1\nclip:\n  - {rule}") == [f"policy.yaml:3:{RULES[rule]}".replace(
+        "3:5:", "3:6:"
+    )]  # fmt: skip
+
+
+def test_accumulation_and_zeroing_are_refused_by_name():
+    assert complaints("version: 1\naccumulate: {steps: 0}\nguard: {nonfinite: zero}") == [
+        "policy.yaml:2:1: accumulate: accumulation by policy is not supported by this version "
+        "yet. Leave it out: the loop's own windows are counted",
+        "policy.yaml:3:9: guard.nonfinite: zero is not supported by this version yet. "
+        "Use skip, stop or none",
+    ]
+
+
+@pytest.mark.parametrize(
+    "kind", [entry.at.removeprefix("detect.") for entry in REFUSED if "detect." in entry.at]
+)
+def test_a_detector_to_come_is_refused_by_name(kind):
+    assert complaints(f"version: 1\ndetect:\n  {kind}: {{}}") == [
+        f"policy.yaml:3:3: detect.{kind}: the detector {kind} is not supported by this version "
+        "yet. Leave it out"
+    ]
+
+
+def test_what_is_refused_does_not_hide_other_mistakes():
+    assert complaints("version: 1\nclip: [{limit: {z: -1}, per: x}, {use: agc, nme: a}]") == [
+        "policy.yaml:2:9: clip[0].limit: statistic limits are not supported by this version yet. "
+        "Use a number or a schedule",
+        "policy.yaml:2:25: clip[0].per must be all, group, layer or tensor. Received: x",
+        "policy.yaml:2:35: clip[1].use: presets are not supported by this version yet. "
+        "Write the keys out",
+        "policy.yaml:2:45: clip[1].nme is not a key of the format. Did you mean 'name'?",
+    ]
+
+
+def test_what_works_is_not_refused():
+    for per in ("all", "group", "layer", "tensor"):
+        for then in ("scale", "skip", "stop", "warn"):
+            rule = {"per": per, "then": then, "measure": "l2", "limit": 1}
+            assert load_policy({"version": 1, "clip": [rule]}).clip[0].per == per
+    for nonfinite in ("skip", "stop", "none"):
+        policy = load_policy({"version": 1, "guard": {"nonfinite": nonfinite}})
+        assert policy.guard.nonfinite == nonfinite
+
+
+def test_lifting_a_refusal_is_all_it_takes(monkeypatch):
+    """Behind each refusal stands a whole decoder."""
+    monkeypatch.setattr(supported, "REFUSED", ())
+    monkeypatch.setattr(decoding, "REFUSED", ())
+    text = (
+        "version: 1\naccumulate: {steps: {0: 1, 1000: 4}, drive: loop}\nguard: {nonfinite: zero}\n"
+        "clip:\n  - {measure: weight, per: unit, limit: 1e-2, floor: 1e-3, then: zero}\n"
+        "  - {limit: {quantile: 0.9, window: 128}}\n"
+    )
+    policy = parse_policy(text)
+    assert parse_policy(policy.canonical_yaml()) == policy
+    assert complaints(text.replace("quantile", "quantil").replace("drive: loop", "drive: me")) == [
+        "policy.yaml:2:38: accumulate.drive must be hook or loop. Received: me",
+        "policy.yaml:6:14: clip[1].limit.quantil is not a key of the format. "
+        "Did you mean 'quantile'?",
+    ]
