@@ -1,0 +1,237 @@
+"""A recording's file in, steps out; while it is written, after it ended, after its writer died."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwatch.errors import RecordingError
+from gradwatch.recording.ring import read_ring
+from gradwatch.recording.rows import ANOMALY_COLUMNS, COLUMNS, anomaly_from, record_from
+from gradwatch.recording.runinfo import info_from_json
+from gradwatch.recording.store import SCHEMA, SCHEMA_VERSION
+from gradwatch.records import Anomaly, RunInfo, StepRecord
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["Recording", "open_recording"]
+
+SERIES = (
+    "time",
+    "duration_seconds",
+    "overhead_seconds",
+    "total_norm",
+    "total_norm_clipped",
+    "clip_coef",
+    "micro_batches",
+    "weight",
+    "loss_scale",
+    "learning_rate",
+)
+_STEPS = f"SELECT {', '.join(COLUMNS)} FROM steps"
+
+
+def open_recording(path: str | os.PathLike[str]) -> Recording:
+    """Opens a recording for reading.
+
+    Args:
+        path: a `.sqlite` file, or a directory, of which the newest recording is opened.
+
+    Raises:
+        RecordingError: there is none, or it is not one that this version can read.
+    """
+    found = Path(path)
+    if found.is_dir():
+        candidates = [*found.glob("*.sqlite"), *found.glob("*/*.sqlite")]
+        if not candidates:
+            raise RecordingError(f"{found}: no recording (*.sqlite) in this directory")
+        found = max(candidates, key=lambda file: (file.stat().st_mtime_ns, file.name))
+    if not found.is_file():
+        raise RecordingError(f"{found}: no such recording")
+    return Recording(found)
+
+
+class Recording:
+    """One run on one rank: the rows in SQLite and, behind them, what only the ring holds yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._connection = _connected(path)
+        try:
+            self.info = self._checked()
+            self._tail = self._newer_in_ring()
+        except sqlite3.Error as error:
+            self.close()
+            raise RecordingError(f"{path}: cannot be read ({error})") from error
+        except RecordingError:
+            self.close()
+            raise
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return self.info.layout.layers
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        return self.info.rules
+
+    @property
+    def state(self) -> str:
+        """`running`, `finished`, `stopped` or `crashed`; a killed run still says `running`."""
+        row = self._read("SELECT value FROM meta WHERE key = 'state'").fetchone()
+        return str(row[0]) if row else "running"
+
+    def __len__(self) -> int:
+        return int(self._read("SELECT count(*) FROM steps").fetchone()[0]) + len(self._tail)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        return self.records()
+
+    def records(self, start: int | None = None, stop: int | None = None) -> Iterator[StepRecord]:
+        """The records of steps `start` to `stop` (not included), in the order they were made."""
+        low, high = -(2**62) if start is None else start, 2**62 if stop is None else stop
+        anomalies = self._anomalies_by_step()
+        query = f"{_STEPS} WHERE step >= ? AND step < ? ORDER BY id"
+        for row in self._read(query, low, high):
+            yield record_from(row, self.info, anomalies.get(row[0], ()))
+        yield from (record for record in self._tail if low <= record.step < high)
+
+    def last(self, count: int) -> list[StepRecord]:
+        """The newest records, oldest first."""
+        tail = self._tail[-count:] if count > 0 else []
+        anomalies = self._anomalies_by_step()
+        rows = self._read(f"{_STEPS} ORDER BY id DESC LIMIT ?", max(0, count - len(tail)))
+        stored = [record_from(row, self.info, anomalies.get(row[0], ())) for row in rows]
+        return [*reversed(stored), *tail]
+
+    def anomalies(self) -> list[Anomaly]:
+        """Every anomaly, in the order they were found."""
+        query = f"SELECT {', '.join(ANOMALY_COLUMNS)} FROM anomalies ORDER BY id"
+        return [anomaly_from(row) for row in self._read(query)]
+
+    def series(self, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Steps [T] and values [T] of one column, e.g. `total_norm`; fast, no record is made.
+
+        Raises:
+            KeyError: no such column.
+        """
+        if name not in SERIES:
+            raise KeyError(f"no series {name!r}. Expected one of {', '.join(SERIES)}")
+        rows = self._read(f"SELECT step, {name} FROM steps ORDER BY id").fetchall()
+        rows += [(record.step, getattr(record, name)) for record in self._tail]
+        steps = np.array([step for step, _ in rows], dtype=np.int64)
+        return steps, np.array([float(value) for _, value in rows], dtype=np.float64)
+
+    def norms(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Steps [T] and the gradient norm of each layer [T, L]."""
+        records = list(self.records())
+        steps = np.array([record.step for record in records], dtype=np.int64)
+        norms = np.array([record.grad_norms for record in records], dtype=np.float32)
+        return steps, norms.reshape(len(records), len(self.layers))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a step, indexed by step; `grad_norm/<layer>` is the norm of a layer.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: pip install 'gradwatch[pandas]'") from error
+        from gradwatch.recording.export import columns_of
+
+        rows = [columns_of(record, layers=True) for record in self.records()]
+        frame = pandas.DataFrame(rows, columns=None if rows else ["step"])
+        return frame.set_index("step")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        found = len(self.anomalies())
+        return (
+            f"Recording({self.info.run!r}, {len(self)} steps, {len(self.layers)} layers, "
+            f"{self.state}, {found} {'anomaly' if found == 1 else 'anomalies'})"
+        )
+
+    def _read(self, query: str, *values: Any) -> sqlite3.Cursor:
+        try:
+            return self._connection.execute(query, values)
+        except sqlite3.Error as error:
+            raise RecordingError(f"{self.path}: cannot be read ({error})") from error
+
+    def _checked(self) -> RunInfo:
+        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0 and self._newest_ring() is not None:
+            # Killed before its first transaction: all there is, is in the ring.
+            self._connection.close()
+            self._connection = sqlite3.connect(":memory:")
+            self._connection.executescript(SCHEMA)
+            return read_ring(self._ring_path)[0]
+        if version > SCHEMA_VERSION:
+            raise RecordingError(
+                f"{self.path}: written by a newer gradwatch (schema {version}, this version reads "
+                f"{SCHEMA_VERSION}). Upgrade gradwatch to read it"
+            )
+        row = self._connection.execute("SELECT value FROM meta WHERE key = 'info'").fetchone()
+        if row is None:
+            raise RecordingError(f"{self.path}: not a recording of gradwatch")
+        return info_from_json(row[0])
+
+    @property
+    def _ring_path(self) -> Path:
+        return self.path.with_suffix(".ring")
+
+    def _newest_ring(self) -> list[StepRecord] | None:
+        """What the ring holds, or None where there is no ring that can be read."""
+        try:
+            return read_ring(self._ring_path)[1]
+        except RecordingError:
+            return None
+
+    def _newer_in_ring(self) -> list[StepRecord]:
+        # The ring first: what the consumer moves meanwhile is then seen in both, not in neither.
+        in_ring = self._newest_ring() or []
+        # A step can come again after a resume; a moment cannot.
+        newest = self._connection.execute("SELECT max(time) FROM steps").fetchone()[0]
+        return [record for record in in_ring if newest is None or record.time > newest]
+
+    def _anomalies_by_step(self) -> dict[int, tuple[Anomaly, ...]]:
+        found: dict[int, tuple[Anomaly, ...]] = {}
+        for anomaly in self.anomalies():
+            found[anomaly.step] = (*found.get(anomaly.step, ()), anomaly)
+        return found
+
+
+def _connected(path: Path) -> sqlite3.Connection:
+    """Read-only. A WAL in a directory that cannot be written is read as far as it is merged."""
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=5)
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.Error as error:
+            connection.close()
+            failure = error
+        else:
+            return connection
+    raise RecordingError(f"{path}: not a recording of gradwatch ({failure})") from failure
