@@ -9,15 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["METRICS", "NORM_BUCKETS", "PREFIX", "STEP_SECONDS_BUCKETS", "MetricSpec"]
+__all__ = ["METRICS", "PREFIX", "MetricSpec"]
 
 PREFIX = "gradwatch_"
 Type = Literal["counter", "gauge", "histogram", "info"]
-
-NORM_BUCKETS = tuple(float(f"{m}e{e}") for e in range(-4, 9) for m in (1, 3))[:25]
-"""Half-decades from 1e-4 to 1e8."""
-
-STEP_SECONDS_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +31,12 @@ class MetricSpec:
     @property
     def full_name(self) -> str:
         return PREFIX + self.name
+
+    @property
+    def family(self) -> str:
+        """The name in OpenMetrics, whose counters and infos put their suffix on samples only."""
+        suffix = {"counter": "_total", "info": "_info"}.get(self.type, "")
+        return self.full_name.removesuffix(suffix)
 
 
 _SPECS = (
@@ -62,13 +63,18 @@ _SPECS = (
         "Multiplier that clipping applied to one layer's gradient, 1 when untouched.",
         ("layer",),
     ),
-    MetricSpec("clipped_steps_total", "counter", "Steps in which a rule clipped.", ("rule",)),
+    MetricSpec(
+        "clipped_steps_total",
+        "counter",
+        "Steps in which a rule clipped; in shadow mode, in which it would have.",
+        ("rule",),
+    ),
     MetricSpec("skipped_steps_total", "counter", "Steps dropped, by reason.", ("reason",)),
     MetricSpec("events_total", "counter", "Anomalies, by kind and level.", ("event", "level")),
     MetricSpec(
         "last_event_timestamp_seconds",
         "gauge",
-        "Unix time of the last anomaly of a kind at ALERT level, 0 when there was none.",
+        "Unix time of the last step of an ALERT episode of this kind, 0 when there was none.",
         ("event",),
         "dateTimeAsIso",
     ),
@@ -101,7 +107,9 @@ _SPECS = (
         "overhead_seconds_total", "counter", "Time gradwatch took on the training thread.", (), "s"
     ),
     MetricSpec("hook_errors_total", "counter", "Errors of gradwatch itself.", ("component",)),
-    MetricSpec("series_dropped", "gauge", "Layer series left out by the cap."),
+    MetricSpec(
+        "series_dropped", "gauge", "Layers that the cap leaves without series of their own."
+    ),
     MetricSpec("run_state", "gauge", "1 for the state the run is in.", ("state",)),
     MetricSpec(
         "info",

@@ -1,0 +1,149 @@
+"""What gradwatch costs beside the clip call that it replaces, as ratios from one run.
+
+    python benchmarks/hook_overhead.py [--rounds 15] [--threads 2]
+
+Each round times `torch.nn.utils.clip_grad_norm_(foreach=True)` and the whole of gradwatch's hook
+(measuring, deciding, clipping, recording to disk, with export and detection on) one after the
+other on the same gradients, so that both see the same machine. Printed are medians over rounds and
+the median of the ratios of each round.
+
+Prediction, from memory traffic alone. With n bytes of gradients `clip_grad_norm_` reads n to
+measure and always reads and writes n again to multiply: 3 n. gradwatch reads n when nothing is
+clipped (0.33x) and moves 3 n when all is (1.0x).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+import gradwatch
+
+
+def gpt2_small() -> torch.nn.Module:
+    """The parameter shapes of GPT-2 small: 148 tensors, 124 million elements."""
+    model = torch.nn.Module()
+    wide = 768
+    shapes: dict[str, tuple[int, ...]] = {"wte": (50257, wide), "wpe": (1024, wide)}
+    for block in range(12):
+        shapes |= {
+            f"h_{block}_ln_1_weight": (wide,),
+            f"h_{block}_ln_1_bias": (wide,),
+            f"h_{block}_attn_qkv": (wide, 3 * wide),
+            f"h_{block}_attn_qkv_bias": (3 * wide,),
+            f"h_{block}_attn_proj": (wide, wide),
+            f"h_{block}_attn_proj_bias": (wide,),
+            f"h_{block}_ln_2_weight": (wide,),
+            f"h_{block}_ln_2_bias": (wide,),
+            f"h_{block}_mlp_fc": (wide, 4 * wide),
+            f"h_{block}_mlp_fc_bias": (4 * wide,),
+            f"h_{block}_mlp_proj": (4 * wide, wide),
+            f"h_{block}_mlp_proj_bias": (wide,),
+        }
+    shapes |= {"ln_f_weight": (wide,), "ln_f_bias": (wide,)}
+    return _with_gradients(model, shapes)
+
+
+def many_small(count: int) -> torch.nn.Module:
+    """`count` tensors of 8 kB: all cost is per call, none per byte."""
+    return _with_gradients(torch.nn.Module(), {f"w{i}": (2048,) for i in range(count)})
+
+
+def _with_gradients(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]]) -> torch.nn.Module:
+    torch.manual_seed(0)
+    for name, shape in shapes.items():
+        parameter = torch.nn.Parameter(torch.empty(shape))
+        parameter.grad = torch.randn(shape).mul_(1e-3)
+        model.register_parameter(name, parameter)
+    return model
+
+
+@dataclass
+class Case:
+    name: str
+    model: torch.nn.Module
+    clips: bool
+    bar: float | None = None
+
+
+def cases() -> Iterator[Case]:
+    large = gpt2_small()
+    yield Case("124 M in 148 tensors, nothing clipped", large, clips=False, bar=0.6)
+    yield Case("124 M in 148 tensors, all clipped", large, clips=True, bar=1.05)
+    yield Case("1000 tensors of 8 kB, nothing clipped", many_small(1000), clips=False, bar=1.0)
+    for count in (10, 100, 5000):
+        yield Case(f"{count} tensors of 8 kB, nothing clipped", many_small(count), clips=False)
+
+
+def timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def compare(case: Case, rounds: int) -> tuple[float, float, float]:
+    """Median seconds of clip_grad_norm_, of gradwatch, and the median ratio."""
+    parameters = list(case.model.parameters())
+    gradients = [parameter.grad for parameter in parameters]
+    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    limit = norm / 100 if case.clips else norm * 100
+    policy = {"version": 1, "clip": [{"limit": limit}]}
+    theirs, ours = [], []
+    with tempfile.TemporaryDirectory() as directory:
+        with gradwatch.attach(
+            case.model, None, policy, port=0, recording=directory, linger=0
+        ) as watch:
+            for round_ in range(rounds + 3):
+                _refresh(gradients, norm, case.clips)
+                clip = timed(
+                    lambda: torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+                )
+                _refresh(gradients, norm, case.clips)
+                hook = timed(watch.process)
+                if round_ >= 3:
+                    theirs.append(clip)
+                    ours.append(hook)
+            watch.flush()
+            record = watch.latest
+            assert record is not None
+            assert record.clipped is case.clips
+    ratios = [o / t for o, t in zip(ours, theirs, strict=True)]
+    return statistics.median(theirs), statistics.median(ours), statistics.median(ratios)
+
+
+def _refresh(gradients: list[torch.Tensor], norm: float, clipped: bool) -> None:
+    """Brings clipped gradients back to their norm, so that each call clips."""
+    if clipped:
+        now = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        torch._foreach_mul_(gradients, norm / now)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--rounds", type=int, default=15)
+    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = arguments.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"torch {torch.__version__}, {options.threads} threads, {options.rounds} rounds")
+    print(f"{'case':44} {'clip_grad_norm_':>15} {'gradwatch':>11} {'ratio':>7}  bar")
+    for case in cases():
+        theirs, ours, ratio = compare(case, options.rounds)
+        bar = (
+            ""
+            if case.bar is None
+            else f"<= {case.bar:g}x {'met' if ratio <= case.bar else 'MISSED'}"
+        )
+        print(
+            f"{case.name:44} {theirs * 1e3:12.2f} ms {ours * 1e3:8.2f} ms {ratio:6.2f}x  {bar}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""One line in, a watch out: which framework, which policy, served where.
+
+The only place where a watch and its endpoint meet.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradwatch.errors import AttachError
+from gradwatch.export.exporter import Exporter
+from gradwatch.policy import Policy, load_policy
+from gradwatch.watch import Watch
+
+__all__ = ["attach"]
+
+LINGER_SECONDS = 20.0
+
+
+def attach(
+    model: Any,
+    optimizer: Any = None,
+    policy: str | os.PathLike[str] | Mapping[str, Any] | Policy | None = None,
+    *,
+    run: str | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = 9464,
+    recording: str | os.PathLike[str] | None = "gradwatch-runs",
+    discovery: str | os.PathLike[str] | None = None,
+    linger: float = LINGER_SECONDS,
+) -> Watch:
+    """Watches the gradients of `model` from the next `optimizer.step()` on.
+
+    Args:
+        model: a `torch.nn.Module`.
+        optimizer: the optimizer that updates it; without one, call `watch.process()` yourself.
+        policy: a YAML file, a dict or a `Policy`; None only observes.
+        run: the label of this run in metrics and recordings; by default script and start time.
+        host: where metrics are served; `0.0.0.0` for containers.
+        port: of the metrics; the next free one is taken where it is in use. None serves nothing.
+        recording: the directory that recordings go to; None records nothing.
+        discovery: a directory that Prometheus reads targets from (file_sd); None writes no file.
+        linger: how many seconds an ending run waits, at most, for one last scrape. It waits only
+            where it was scraped before.
+
+    Raises:
+        PolicyError: the policy is wrong or does not fit the model.
+        AttachError: the model or the optimizer cannot be watched.
+    """
+    loaded = load_policy(policy)
+    started = time.time()
+    watch: Watch = _framework_watch(model)(
+        model,
+        optimizer,
+        loaded,
+        run=run or _run_name(started),
+        recording=None if recording is None else Path(recording),
+        version=importlib.metadata.version("gradwatch"),
+        started=started,
+        pid=os.getpid(),
+    )
+    if port is not None:
+        _serve(watch, host, port, discovery, linger)
+    return watch
+
+
+def _framework_watch(model: Any) -> Any:
+    """The watch class for this kind of model; imports only the framework it is made with."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(model, torch.nn.Module):
+        from gradwatch.torch.watch import TorchWatch
+
+        return TorchWatch
+    raise AttachError(
+        f"expected a torch.nn.Module as the model. Received: {type(model).__module__}."
+        f"{type(model).__qualname__}. Pass the module whose parameters the optimizer updates."
+    )
+
+
+def _run_name(started: float) -> str:
+    script = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "run"
+    return f"{script}-{time.strftime('%m%d-%H%M%S', time.localtime(started))}"
+
+
+def _serve(
+    watch: Watch,
+    host: str,
+    port: int,
+    discovery: str | os.PathLike[str] | None,
+    linger: float,
+) -> None:
+    """Serves the metrics; a failure is counted, and the run is watched all the same."""
+    pipeline = watch.pipeline
+    try:
+        exporter = Exporter(
+            pipeline.tally,
+            host=host,
+            port=port,
+            directory=None if discovery is None else Path(discovery),
+        )
+    except Exception:
+        pipeline.report("export")
+        return
+    pipeline.closers.append(lambda: exporter.close(linger_seconds=linger))
+    watch.url = exporter.url

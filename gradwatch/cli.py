@@ -1,0 +1,193 @@
+"""The command line: each command a thin edge around a function of the library.
+
+Exit codes: 0 done, 1 a demo that did not show what it should, or output that nobody took,
+2 a mistake in arguments or input, said in one line each on stderr.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn, cast
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from gradwatch.dashboards import RUNBOOK_URL, build_rules, write_dashboards
+from gradwatch.demo.command import demo
+from gradwatch.errors import GradwatchError
+from gradwatch.policy import load_policy
+from gradwatch.policy.schema import schema_text
+from gradwatch.policy.sentences import sentences
+from gradwatch.recording.export import export_recording
+from gradwatch.recording.reader import Recording, open_recording
+from gradwatch.records import StepRecord
+
+__all__ = ["app", "commands"]
+
+# click's, wherever this version of typer keeps it.
+UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
+
+commands = typer.Typer(
+    help="A gradient norm you can trust: watch, clip by policy, record, alert.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+dashboards = typer.Typer(help="Grafana dashboards.")
+rules = typer.Typer(help="Prometheus recording and alert rules.")
+commands.command()(demo)
+commands.add_typer(dashboards, name="dashboards")
+commands.add_typer(rules, name="rules")
+
+
+def app(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command; without any, prints the help."""
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = typer.main.get_command(commands)(given, prog_name="gradwatch", standalone_mode=False)
+    except GradwatchError as error:
+        _refuse(str(error))
+    except UsageError as error:
+        _refuse(_usage(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _refuse(f"{error.filename}: {error.strerror}")
+    sys.exit(code)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def _usage(error: Exception) -> str:
+    """`gradwatch demo: No such option: --stepz (see gradwatch demo --help)`"""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "gradwatch"
+    message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+    return f"{path}: {message} (see {path} --help)"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(importlib.metadata.version("gradwatch"))
+        raise typer.Exit
+
+
+@commands.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """A gradient norm you can trust: watch, clip by policy, record, alert."""
+
+
+@commands.command()
+def check(
+    policy: Annotated[Path, typer.Argument(help="A policy file.", show_default=False)],
+) -> None:
+    """Says a policy back in words, or every mistake in it with its line.
+
+    What depends on the model, such as a selector that matches nothing, is checked where the policy
+    is attached.
+    """
+    loaded = load_policy(policy)
+    print(f"{policy}: version {loaded.version}, sha256 {loaded.sha256}")
+    for sentence in sentences(loaded):
+        print(f"  {sentence}")
+
+
+class Format(StrEnum):
+    """What a recording is exported to."""
+
+    csv = "csv"
+    parquet = "parquet"
+
+
+@commands.command()
+def export(
+    recording: Annotated[
+        Path,
+        typer.Argument(help="A recording, or a directory of them: its newest.", show_default=False),
+    ],
+    format: Annotated[
+        Format, typer.Option("--format", help="Parquet needs a file to go to.")
+    ] = Format.csv,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Instead of stdout.")
+    ] = None,
+    no_layers: Annotated[
+        bool, typer.Option("--no-layers", help="Leave out the norm of each layer.")
+    ] = False,
+) -> None:
+    """Writes a recording as a table: one row a step.
+
+    The norm of a layer is the column grad_norm/LAYER, what was logged is scalar/NAME.
+    """
+    path = open_recording(recording).path
+    progress = Progress(
+        console=Console(stderr=True),
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not sys.stderr.isatty(),
+    )
+    with progress, _Shown(path, progress) as shown:
+        export_recording(shown, output or sys.stdout, format.value, layers=not no_layers)
+
+
+class _Shown(Recording):
+    """A recording whose every pass has a progress bar."""
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        super().__init__(path)
+        self._progress = progress
+
+    def records(self, start: int | None = None, stop: int | None = None) -> Iterator[StepRecord]:
+        bar = self._progress.add_task(f"reading {self.path.name}", total=len(self))
+        for record in super().records(start, stop):
+            yield record
+            self._progress.advance(bar)
+
+
+@commands.command()
+def schema() -> None:
+    """Prints the JSON Schema of policy files, for editors."""
+    print(schema_text(), end="")
+
+
+@dashboards.command()
+def build(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Made if need be.")],
+    runbook_url: Annotated[
+        str, typer.Option(metavar="URL", help="Where the links to the runbook go.")
+    ] = RUNBOOK_URL,
+) -> None:
+    """Writes the dashboards as JSON files for Grafana, and names them."""
+    for path in write_dashboards(directory, runbook_url=runbook_url):
+        print(path)
+
+
+@rules.command()
+def render(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Instead of stdout.")
+    ] = None,
+    runbook_url: Annotated[
+        str, typer.Option(metavar="URL", help="Where the links to the runbook go.")
+    ] = RUNBOOK_URL,
+) -> None:
+    """Prints the rule file for Prometheus."""
+    text = "".join(build_rules(runbook_url=runbook_url).values())
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text, encoding="utf-8")

@@ -1,0 +1,79 @@
+"""A host and a port that are wished for in, a listening socket and its name to others out."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import socket
+
+__all__ = ["PORTS_TRIED", "is_loopback", "listen_near", "reachable"]
+
+logger = logging.getLogger("gradwatch")
+
+PORTS_TRIED = 16
+BACKLOG = 64
+
+
+def listen_near(host: str, port: int) -> socket.socket | None:
+    """Listens on `port`, or on the first free one of the 15 above it.
+
+    One warning where that is another port, or where there is none; 0 takes any free port.
+    """
+    last = min(port + PORTS_TRIED - 1, 65535) if port else 0
+    for candidate in range(port, last + 1):
+        try:
+            listener = _listening(host, candidate)
+        except (OSError, OverflowError, UnicodeError) as error:
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                continue
+            logger.warning("metrics are not served: cannot listen on %s:%d (%s)", host, port, error)
+            return None
+        if candidate != port and port:
+            logger.warning(
+                "port %d is taken, metrics are served on port %d instead; choose one with port=",
+                port, candidate,
+            )  # fmt: skip
+        return listener
+    logger.warning(
+        "metrics are not served: the ports %d to %d of %s are all taken; choose one with port=",
+        port, last, host,
+    )  # fmt: skip
+    return None
+
+
+def reachable(address: str, port: int) -> str:
+    """`host:port` of a bound address as others reach it: a name where all are listened on."""
+    bound = ipaddress.ip_address(address.partition("%")[0])
+    host = _own_name() if bound.is_unspecified else address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """
+    Raises:
+        OSError: no such host, or the port is taken or not allowed.
+    """
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    families = {family: address for family, _, _, _, address in reversed(found)}
+    # Where a name stands for both, as localhost does, most clients try IPv4.
+    family = socket.AF_INET if socket.AF_INET in families else found[0][0]
+    address = families[family]
+    everywhere = family == socket.AF_INET6 and ipaddress.ip_address(address[0]).is_unspecified
+    return socket.create_server(
+        (str(address[0]), int(address[1])),
+        family=family,
+        backlog=BACKLOG,
+        dualstack_ipv6=everywhere and socket.has_dualstack_ipv6(),
+    )
+
+
+def _own_name() -> str:
+    """Of this machine; the domain is asked for only where the name has none."""
+    name = socket.gethostname()
+    full = name if "." in name else socket.getfqdn()
+    return name if full.startswith("localhost") or full.endswith(".arpa") else full

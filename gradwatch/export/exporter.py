@@ -1,0 +1,111 @@
+"""One run's metrics, served: tally -> renderer -> endpoint, and a file that says where."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from prometheus_client.exposition import choose_encoder
+
+from gradwatch.export.discovery import Discovery
+from gradwatch.export.endpoint import Endpoint
+from gradwatch.export.renderer import OPENMETRICS, TEXT, Renderer
+from gradwatch.export.series import MOST_LAYERS
+from gradwatch.tally import Tally
+
+__all__ = ["Exporter", "content_type"]
+
+logger = logging.getLogger("gradwatch")
+
+PAUSE_SECONDS = 0.0005
+"""Between chunks of a large answer, so that the trainer gets on with its step meanwhile."""
+
+
+class Exporter:
+    """Serves the tally from creation until `close`."""
+
+    def __init__(
+        self,
+        tally: Tally,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 9464,
+        directory: Path | None = None,
+        max_layers: int = MOST_LAYERS,
+    ) -> None:
+        """A port or a directory that cannot be had is warned of, and done without.
+
+        Args:
+            host: the address that is listened on; `0.0.0.0` or `::` for all of them.
+            port: the first one to be tried, of 16; 0 for any free one.
+            directory: of target files that Prometheus reads (file_sd).
+            max_layers: how many layers have series of their own.
+        """
+        self._tally = tally
+        self._renderer = Renderer(
+            tally.info, max_layers=max_layers, pause=lambda: time.sleep(PAUSE_SECONDS)
+        )
+        self._endpoint = Endpoint(
+            self._render,
+            host=host,
+            port=port,
+            health=self._health,
+            title=tally.info.run,
+            on_error=lambda error: tally.hook_error("export"),
+        )
+        self._discovery = None if directory is None else self._announced(directory)
+
+    @property
+    def port(self) -> int | None:
+        """Where the metrics are served, or None where no port could be had."""
+        return self._endpoint.port
+
+    @property
+    def url(self) -> str | None:
+        return self._endpoint.url
+
+    def close(self, *, linger_seconds: float = 0.0) -> None:
+        """Stops serving, after one last scrape where there is a scraper to wait for.
+
+        Does nothing in a forked child, or a second time.
+        """
+        try:
+            self._endpoint.close(linger_seconds)
+        finally:
+            if self._discovery is not None:
+                self._discovery.close()
+
+    def _announced(self, directory: Path) -> Discovery | None:
+        if self._endpoint.authority is None:
+            return None
+        try:
+            return Discovery(directory, self._tally.info, self._endpoint.authority)
+        except OSError as error:
+            self._tally.hook_error("export")
+            logger.warning("Prometheus is not told of this run: cannot write to %s (%s)",
+                           directory, error)  # fmt: skip
+            return None
+
+    def _render(self, accept: str) -> tuple[str, bytes]:
+        form = content_type(accept)
+        return form, self._renderer.render(self._tally.snapshot(), form)
+
+    def _health(self) -> Mapping[str, object]:
+        snapshot = self._tally.snapshot()
+        return {
+            "run": snapshot.info.run,
+            "rank": snapshot.info.rank,
+            "state": snapshot.state,
+            "step": snapshot.numbers.get("step"),
+        }
+
+
+def content_type(accept: str) -> str:
+    """The one of our two that prometheus_client would choose for an Accept header."""
+    try:
+        chosen = choose_encoder(accept)[1]
+    except Exception:  # it compares versions that are no numbers
+        return TEXT
+    return OPENMETRICS if chosen.startswith("application/openmetrics-text") else TEXT

@@ -1,0 +1,89 @@
+"""Everything behind the training thread, put together and taken apart in order.
+
+Recorder -> Ring -> Consumer -> Detection, Tally, Store
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from gradwatch.consumer import Consumer, Reporter
+from gradwatch.policy import Policy
+from gradwatch.recorder import Recorder
+from gradwatch.recording.ring import Ring
+from gradwatch.recording.store import Store, new_recording_path
+from gradwatch.records import RunInfo
+from gradwatch.rules.detection import KINDS, Detection, detection_config
+from gradwatch.tally import Tally
+
+__all__ = ["Pipeline"]
+
+logger = logging.getLogger("gradwatch")
+
+FLUSH_SECONDS = 10.0
+
+
+class Pipeline:
+    """One run's recorder, consumer, tally and store."""
+
+    def __init__(self, info: RunInfo, policy: Policy, directory: str | os.PathLike[str] | None):
+        """Opens the recording and starts the consumer.
+
+        A recording that cannot be opened is reported, counted and left out; the run is watched
+        all the same.
+        """
+        self.info = info
+        self.tally = Tally(info, kinds=KINDS)
+        self.tally.set_enforcing(policy.enforcing)
+        self.report = Reporter(self.tally)
+        self.path: Path | None = None
+        self.closers: list[Callable[[], None]] = []
+        """Run at the end of `close`, after the last record was handled."""
+
+        self.ring, store = self._opened(directory)
+        self.consumer = Consumer(
+            self.ring,
+            detection=Detection(info.layout, detection_config(policy.detect.parameters())),
+            tally=self.tally,
+            store=store,
+            report=self.report,
+        )
+        self.recorder = Recorder(self.ring, self.consumer.wake)
+        self._closed = False
+        self.consumer.start()
+
+    def _opened(self, directory: str | os.PathLike[str] | None) -> tuple[Ring, Store | None]:
+        if directory is None:
+            return Ring(self.info, None), None
+        try:
+            path = new_recording_path(directory, self.info.run, self.info.rank, self.info.started)
+            ring = Ring(self.info, path.with_suffix(".ring"))
+            store = Store(path, self.info)
+        except Exception:
+            self.report("recording")
+            return Ring(self.info, None), None
+        self.path = path
+        return ring, store
+
+    def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
+        """Closes the newest record and waits until all are handled; False if that took too long."""
+        self.recorder.close_record()
+        return self.consumer.flush(timeout)
+
+    def close(self, state: str) -> None:
+        """Handles what is left and ends everything; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self.recorder.close_record()
+        self.consumer.stop(state, FLUSH_SECONDS)
+        for closer in self.closers:
+            try:
+                closer()
+            except Exception:
+                self.report("export")
+        if self.consumer.unstored == 0:
+            self.ring.release()  # all of it is in the store

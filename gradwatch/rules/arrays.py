@@ -1,0 +1,97 @@
+"""The few vector operations that rules need, and NumPy's version of them.
+
+A rule is written once over `Arrays` and short vectors with one entry per tensor. NumPy is the
+reference; each framework brings its own version, so that a decision stays on its device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+
+__all__ = ["NUMPY", "Arrays", "Vector"]
+
+Vector = Any
+"""A short float vector or 0-d value of NumPy, torch or TensorFlow."""
+
+
+class Arrays(Protocol):
+    """What differs between array libraries; arithmetic and comparison are operators."""
+
+    def norm(self, x: Vector, norm_type: float = 2.0) -> Vector:
+        """(sum x_i^p)^(1/p), or max x_i for p = inf; 0-d, 0 for an empty vector. x_i >= 0."""
+
+    def segment_norm(
+        self, x: Vector, segment_of: Any, num_segments: int, norm_type: float = 2.0
+    ) -> Vector:
+        """[num_segments] the same norm over the entries of each segment."""
+
+    def indices(self, index: Any) -> Any:
+        """An index vector as this library takes it; made once per rule, not per step."""
+
+    def floats(self, values: Any) -> Vector:
+        """A float32 vector as this library takes it; made once per rule, not per step."""
+
+    def ones_like(self, x: Vector) -> Vector: ...
+
+    def quotient(self, a: Any, x: Vector) -> Vector:
+        """a / x, inf where x is 0."""
+
+    def at_most_one(self, x: Vector) -> Vector:
+        """min(1, x)."""
+
+    def where(self, condition: Vector, x: Vector, y: float) -> Vector: ...
+
+    def isfinite(self, x: Vector) -> Vector: ...
+
+    def scaled_at(self, x: Vector, index: Any, by: Vector) -> Vector:
+        """x with x[index] multiplied by `by`; a new vector."""
+
+
+class _NumPy:
+    def norm(self, x: Vector, norm_type: float = 2.0) -> Vector:
+        return (
+            np.linalg.norm(x.astype(np.float64), norm_type).astype(x.dtype) if x.size else x.sum()
+        )
+
+    def segment_norm(
+        self, x: Vector, segment_of: Any, num_segments: int, norm_type: float = 2.0
+    ) -> Vector:
+        if norm_type == math.inf:
+            out = np.zeros(num_segments, dtype=x.dtype)
+            np.maximum.at(out, segment_of, x)
+            return out
+        powers = np.bincount(segment_of, x.astype(np.float64) ** norm_type, minlength=num_segments)
+        return (powers ** (1 / norm_type)).astype(x.dtype)
+
+    def indices(self, index: Any) -> Any:
+        return np.asarray(index, dtype=np.intp)
+
+    def floats(self, values: Any) -> Vector:
+        return np.asarray(values, dtype=np.float32)
+
+    def ones_like(self, x: Vector) -> Vector:
+        return np.ones_like(x)
+
+    def quotient(self, a: Any, x: Vector) -> Vector:
+        with np.errstate(divide="ignore"):
+            return a / x
+
+    def at_most_one(self, x: Vector) -> Vector:
+        return np.minimum(x, 1.0)
+
+    def where(self, condition: Vector, x: Vector, y: float) -> Vector:
+        return np.where(condition, x, np.asarray(y, dtype=np.asarray(x).dtype))
+
+    def isfinite(self, x: Vector) -> Vector:
+        return np.isfinite(x)
+
+    def scaled_at(self, x: Vector, index: Any, by: Vector) -> Vector:
+        out = x.copy()
+        out[index] *= by
+        return out
+
+
+NUMPY: Arrays = _NumPy()

@@ -1,0 +1,115 @@
+"""`nonfinite`: norms that are inf or NaN.
+
+    any norm of the record, total or layer        ALERT at once
+    ... of a step that the loss scaler skips      EVENT: it is how a scaler finds its scale
+
+An overflow under a loss scale is an alert when the scale has collapsed (below 1) or the loss is
+not finite either: lowering the scale will not mend that. It is kept apart in `_overflowed`, ready
+to become a kind of its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwatch.records import Anomaly, Bools, Level, StepRecord
+from gradwatch.rules.detect_reading import LISTED, Reading
+from gradwatch.rules.episodes import Episodes
+
+__all__ = ["CLEAR_AFTER", "Nonfinite"]
+
+CLEAR_AFTER = 5
+"""Finite steps in a row that end an episode."""
+
+KIND = "nonfinite"
+
+
+class Nonfinite:
+    """Layers in layout order, and behind them the total norm as one more."""
+
+    def __init__(self, layers: tuple[str, ...]) -> None:
+        self._layers = layers
+        self._episodes: dict[Level, Episodes] = {
+            level: Episodes(len(layers) + 1, need=1, of=1, clear_after=CLEAR_AFTER)
+            for level in ("alert", "event")
+        }
+
+    def observe(self, reading: Reading) -> list[Anomaly]:
+        record = reading.record
+        if reading.all_finite and not any(e.any_open for e in self._episodes.values()):
+            return []
+        hit_T = ~np.append(reading.finite_L, math.isfinite(record.total_norm))
+        level: Level = "event" if _overflowed(record) else "alert"
+        judged_T = np.ones_like(hit_T)
+        anomalies = []
+        for of_level, episodes in self._episodes.items():
+            hit = hit_T if of_level == level else np.zeros_like(hit_T)
+            begins = episodes.update(record.step, hit, ~hit_T, judged_T)
+            if begins.size:
+                anomalies.append(self._anomaly(level, hit_T, record))
+        return anomalies
+
+    def begin_anew(self, *, rescales: bool) -> None:
+        """Nothing to begin: what is finite needs no baseline."""
+
+    def active(self) -> dict[str, tuple[str, ...]]:
+        episodes = self._episodes["alert"]
+        return {KIND: self._names(episodes.open_L)} if episodes.any_open else {}
+
+    def open_alerts(self) -> dict[str, Bools]:
+        episodes = self._episodes["alert"]
+        return {KIND: episodes.open_L[:-1].copy()} if episodes.any_open else {}
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        return {
+            f"{level}.{name}": array
+            for level, episodes in self._episodes.items()
+            for name, array in episodes.arrays().items()
+        }
+
+    def restored(self) -> None:
+        for episodes in self._episodes.values():
+            episodes.restored()
+
+    def _anomaly(self, level: Level, hit_T: Bools, record: StepRecord) -> Anomaly:
+        layers = self._names(hit_T)
+        everywhere = len(layers) == len(self._layers) > 1
+        return Anomaly(
+            kind=KIND,
+            level=level,
+            step=record.step,
+            layer=layers[0] if layers and not everywhere else None,
+            layers=layers[:LISTED],
+            value=record.total_norm,
+            message=f"{KIND}: {self._what(layers, record.total_norm)}{_outcome(record)}",
+        )
+
+    def _what(self, layers: tuple[str, ...], total_norm: float) -> str:
+        if not layers:
+            return f"the total norm is {total_norm} while that of every layer is finite"
+        if len(layers) == len(self._layers) > 1:
+            return f"all {len(layers)} layers hold inf or NaN, gradients cannot name the culprit"
+        return (
+            f"{len(layers)} of {len(self._layers)} layers hold inf or NaN, "
+            f"in order {', '.join(layers[:LISTED])}{', ...' if len(layers) > LISTED else ''}"
+        )
+
+    def _names(self, hit_T: Bools) -> tuple[str, ...]:
+        return tuple(self._layers[i] for i in np.flatnonzero(hit_T[:-1]))
+
+
+def _overflowed(record: StepRecord) -> bool:
+    """Whether the loss scaler is looking for its scale, and may yet find it."""
+    if record.skipped != KIND or not math.isfinite(record.loss_scale) or record.loss_scale < 1:
+        return False
+    return math.isfinite(record.scalars.get("loss", 0.0))
+
+
+def _outcome(record: StepRecord) -> str:
+    if record.skipped is None:
+        return ""
+    scale = f" at loss scale {record.loss_scale:g}" if math.isfinite(record.loss_scale) else ""
+    return f"; the step was skipped{scale}"

@@ -1,0 +1,66 @@
+"""A model and its optimizer in, named parameters out: whose gradient is this?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from gradwatch.errors import AttachError
+from gradwatch.records import Parameter
+
+__all__ = ["watched_parameters"]
+
+COMPILED = "_orig_mod."
+"""What `torch.compile` puts before the names of the module it wraps."""
+
+
+def watched_parameters(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None
+) -> tuple[list[torch.nn.Parameter], list[Parameter]]:
+    """The tensors to watch, in `named_parameters()` order, each with its description.
+
+    With an optimizer these are the parameters it updates, those of the model first; without one,
+    all parameters of the model. A tied parameter is listed once, under its first name.
+
+    Raises:
+        AttachError: nothing is left to watch.
+    """
+    names: dict[torch.nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name.replace(COMPILED, ""))
+    groups = dict.fromkeys(names, 0) if optimizer is None else dict(_grouped(optimizer))
+    owners = _owner_classes(model)
+    tensors = [p for p in names if p in groups] + [p for p in groups if p not in names]
+    if not tensors:
+        raise AttachError(
+            f"{type(model).__name__} and its optimizer hold no parameters to watch. "
+            "Create the optimizer over model.parameters() before attaching."
+        )
+    described = []
+    for position, tensor in enumerate(tensors):
+        first, *aliases = names.get(tensor, [f"param_groups.{groups[tensor]}.{position}"])
+        described.append(
+            Parameter(
+                name=first,
+                shape=tuple(tensor.shape),
+                module=owners.get(tensor, ""),
+                group=groups[tensor],
+                aliases=tuple(aliases),
+            )
+        )
+    return tensors, described
+
+
+def _grouped(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.nn.Parameter, int]]:
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            yield parameter, index
+
+
+def _owner_classes(model: torch.nn.Module) -> dict[torch.nn.Parameter, str]:
+    owners: dict[torch.nn.Parameter, str] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, type(module).__name__)
+    return owners

@@ -1,0 +1,214 @@
+"""The watch as its user sees it: read what happened, log beside it, end it.
+
+Framework-free; a framework's watch adds how it sits in the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, SupportsFloat
+
+from gradwatch.engine import Backend, Engine, StepContext
+from gradwatch.errors import TrainingStopped
+from gradwatch.pipeline import Pipeline
+from gradwatch.policy import Policy
+from gradwatch.records import Anomaly, RunInfo, StepRecord
+
+__all__ = ["Watch"]
+
+logger = logging.getLogger("gradwatch")
+
+RECENT = 100
+"""Steps that `repr` looks back at."""
+
+
+class Watch:
+    """What `gradwatch.attach` returns; also a context manager that closes itself."""
+
+    def __init__(
+        self,
+        info: RunInfo,
+        policy: Policy,
+        backend: Backend,
+        recording: str | Path | None,
+    ) -> None:
+        self.url: str | None = None
+        """Where the metrics are served, or None."""
+
+        self.pipeline = Pipeline(info, policy, recording)
+        """What runs behind the loop; for the parts of gradwatch that export it."""
+
+        self._engine = Engine(info, policy, backend, self.pipeline.recorder, self.pipeline.report)
+        self._unloggable: set[str] = set()
+        # Also runs at interpreter exit, so that a loop that never closes loses nothing.
+        self._finalizer = weakref.finalize(self, _close_at_exit, self.pipeline)
+
+    # What happened
+
+    @property
+    def latest(self) -> StepRecord | None:
+        """The record of the newest step, or None before the first."""
+        newest = self.history(1)
+        return newest[0] if newest else None
+
+    def history(self, count: int) -> list[StepRecord]:
+        """The newest records, oldest first; at most the 256 that are kept in memory.
+
+        Anomalies are found on another thread, some 0.1 s later: `flush()` first to have them all.
+        """
+        handled = self.pipeline.consumer.finished()
+        newest = self.pipeline.recorder.newest(count)
+        return [handled.get(record.step, record) for record in newest]
+
+    @property
+    def skipped(self) -> str | None:
+        """Why the last step was skipped (`nonfinite` or the name of a rule), or None.
+
+        For a learning-rate schedule that should stand still with the optimizer.
+        """
+        return self._engine.skipped
+
+    @property
+    def enforcing(self) -> bool:
+        """Whether the policy's decisions are applied."""
+        return self._engine.enforcing
+
+    @property
+    def recording(self) -> Path | None:
+        """The recording's file, or None where nothing is recorded."""
+        return self.pipeline.path
+
+    @property
+    def info(self) -> RunInfo:
+        return self.pipeline.info
+
+    # What else there is to know
+
+    def log(self, **scalars: SupportsFloat) -> None:
+        """Puts numbers beside the gradients: `watch.log(loss=loss)`.
+
+        Called after a backward pass they belong to the step that is due, else to the step just
+        done. Tensors of one element are welcome. What is no number is left out, with one warning.
+        """
+        values = {}
+        for name, value in scalars.items():
+            try:
+                values[name] = self._number(value)
+            except Exception as error:
+                self._warn_unloggable(name, value, error)
+        try:
+            self.pipeline.recorder.log(values, backward_seen=self._backward_seen())
+        except Exception:
+            self.pipeline.report("readback")
+
+    def _warn_unloggable(self, name: str, value: object, error: Exception) -> None:
+        if name in self._unloggable:
+            return
+        self._unloggable.add(name)
+        logger.warning(
+            "watch.log: %s must be one number. Received: a %s (%s); it is left out",
+            name, type(value).__name__, error,
+        )  # fmt: skip
+
+    def on_anomaly(self, callback: Callable[[Anomaly], None]) -> None:
+        """Calls back once for each anomaly, on gradwatch's own thread.
+
+        An exception in the callback is logged and counted, and reaches nobody else.
+        """
+        self.pipeline.consumer.callbacks.append(callback)
+
+    def process(self) -> None:
+        """Measures, clips and records the gradients that are due: what the step hook calls.
+
+        For loops that own the step: call it after the last backward, before the update.
+
+        Raises:
+            TrainingStopped: the policy says stop.
+        """
+        was_enforcing = self._engine.enforcing
+        try:
+            self._engine.step(self._context())
+        except TrainingStopped:
+            self.pipeline.tally.set_state("stopped")
+            raise
+        if was_enforcing != self._engine.enforcing:
+            self.pipeline.tally.set_enforcing(self._engine.enforcing)
+
+    # The end
+
+    def flush(self) -> None:
+        """Waits until every step so far is diagnosed, counted and on disk (10 s at most)."""
+        if not self.pipeline.flush():
+            logger.warning("flush: gradwatch's thread did not catch up within 10 seconds")
+
+    def close(self) -> None:
+        """Detaches from the loop and ends the recording; a second call does nothing."""
+        self._detach()
+        self._finalizer.detach()
+        self.pipeline.close("finished")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._detach()
+        self._finalizer.detach()
+        self.pipeline.close(_state_after(error))
+
+    def __repr__(self) -> str:
+        latest = self.latest
+        layers = f"{len(self.info.layout.layers)} layers"
+        if latest is None:
+            return f"Watch({layers}, no step yet)"
+        recent = self.history(RECENT)
+        clipped = sum(record.clipped for record in recent)
+        skipped = sum(record.skipped is not None for record in recent)
+        kinds = ", ".join(sorted(self.pipeline.consumer.open_anomalies()))
+        parts = [
+            layers,
+            f"step {latest.step}",
+            f"total_norm {latest.total_norm:.3g}",
+            f"clipped {clipped} of last {len(recent)}",
+        ]
+        if skipped:
+            parts.append(f"skipped {skipped}")
+        return f"Watch({', '.join(parts)}, {kinds or 'no anomaly'})"
+
+    # What a framework fills in
+
+    def _context(self) -> StepContext:
+        """What the loop knows about the step that is due."""
+        return StepContext()
+
+    def _number(self, value: SupportsFloat) -> float:
+        """A logged scalar, on the host."""
+        return float(value)
+
+    def _backward_seen(self) -> bool:
+        """Whether a backward pass ran since the last step."""
+        return False
+
+    def _detach(self) -> None:
+        """Takes the hooks off the loop."""
+
+
+def _state_after(error: BaseException | None) -> str:
+    if error is None:
+        return "finished"
+    return "stopped" if isinstance(error, TrainingStopped) else "crashed"
+
+
+def _close_at_exit(pipeline: Pipeline) -> None:
+    """The interpreter keeps the exception that ended a script in `sys.last_value`."""
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    pipeline.close(_state_after(error))
