@@ -112,10 +112,14 @@ class Server:
         )
         self._ready.set()
         await self._stopping.wait()
+        # A client that asyncio is still accepting when its server closes would hang for ever.
+        self._loop.remove_reader(self._listener.fileno())
+        this = asyncio.current_task()
+        while others := asyncio.all_tasks() - {this}:
+            for task in tuple(self._connections):
+                task.cancel()
+            await asyncio.wait(others, timeout=0.01)
         server.close()
-        for task in tuple(self._connections):
-            task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
         await asyncio.sleep(0)  # aborted transports close their sockets in the next round
 
     async def _connected(self, reader: StreamReader, writer: StreamWriter) -> None:
@@ -169,7 +173,8 @@ class Server:
     def _unexpected(self, context: dict[str, object]) -> None:
         """What asyncio would log, such as that no descriptors are left."""
         error = context.get("exception")
-        if isinstance(error, ConnectionError):
+        # Python 3.11 reports a connection task that was cancelled.
+        if isinstance(error, (ConnectionError, asyncio.CancelledError)):
             return
         if not isinstance(error, Exception):
             error = RuntimeError(context.get("message"))
