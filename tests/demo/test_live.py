@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -41,6 +42,7 @@ class Terminal:
         )  # fmt: skip
         os.close(side)
         self.text = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def read_until(self, wanted: str) -> None:
         deadline = time.monotonic() + 90
@@ -60,7 +62,7 @@ class Terminal:
             more = os.read(self._main, 65536)
         except OSError:  # how a pseudo-terminal says that its other side is closed
             return False
-        self.text += more.decode(errors="replace")
+        self.text += self._decoder.decode(more)
         return bool(more)
 
 

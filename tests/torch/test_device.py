@@ -1,0 +1,57 @@
+"""A decision stays on the device of the norms: rules never read a value.
+
+On the meta device there are no values, so whatever reads one raises.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gradwatch.policy import load_policy
+from gradwatch.records import Layout, Parameter
+from gradwatch.rules.chain import Chain
+from gradwatch.rules.clipping import Rule, decide
+from gradwatch.torch.arrays import TorchArrays
+
+META = torch.device("meta")
+LAYOUT = Layout.of(
+    [
+        Parameter(name="embed.weight", shape=(10, 4), module="Embedding"),
+        Parameter(name="head.weight", shape=(4, 4), module="Linear", group=1),
+        Parameter(name="head.bias", shape=(4,), module="Linear", group=1),
+    ]
+)
+
+
+def test_a_whole_chain_decides_without_a_value():
+    policy = load_policy(
+        {
+            "version": 1,
+            "clip": [
+                {"name": "all", "limit": 1.0},
+                {"name": "tensor", "per": "tensor", "limit": 0.5, "params": ["head.*"]},
+                {"name": "layer", "per": "layer", "limit": 0.5},
+                {"name": "group", "per": "group", "limit": {"schedule": {0: 1.0, 100: 0.1}}},
+                {"name": "skipping", "limit": 10.0, "then": "skip"},
+            ],
+        }
+    )
+    chain = Chain(policy, LAYOUT, TorchArrays(META))
+    norms = {2.0: torch.empty(3, device=META)}
+    decision = decide(chain.rules(b"\1\1\1"), norms, chain.limits(50), TorchArrays(META))
+    assert decision.coefs_P.shape == (3,)
+    assert {part.device for part in (decision.total_norm, decision.coefs_P, *decision.over)} == {
+        META
+    }
+    assert {over.shape for over in decision.over} == {()}
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
+def test_no_norm_type_needs_a_value(norm_type):
+    xp = TorchArrays(META)
+    rule = Rule(
+        name="r", then="scale", norm_type=norm_type, unit_of=xp.indices([0, 0, 1]), num_units=2
+    )
+    norms = {2.0: torch.empty(3, device=META), norm_type: torch.empty(3, device=META)}
+    assert decide([rule], norms, [1.0], xp).coefs_P.device == META
