@@ -32,7 +32,7 @@ def test_a_whole_chain_decides_without_a_value():
                 {"name": "all", "limit": 1.0},
                 {"name": "tensor", "per": "tensor", "limit": 0.5, "params": ["head.*"]},
                 {"name": "layer", "per": "layer", "limit": 0.5},
-                {"name": "group", "per": "group", "limit": {"schedule": {0: 1.0, 100: 0.1}}},
+                {"name": "group", "per": "group", "limit": {0: 1.0, 100: 0.1}},
                 {"name": "skipping", "limit": 10.0, "then": "skip"},
             ],
         }
