@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradwatch.records import Anomaly, StepRecord
+from gradwatch.records import Anomaly, Float32s, StepRecord
 from gradwatch.watch import Watch
 
 __all__ = ["RECENT", "LayerNow", "Monitor"]
@@ -21,7 +21,7 @@ AT_ONCE = 256
 
 @dataclass(frozen=True, slots=True)
 class LayerNow:
-    """One layer's norm beside its usual one, the median of the recent steps."""
+    """One layer's norm beside its usual one, the median of the recent calm steps."""
 
     layer: str
     norm: float
@@ -42,6 +42,9 @@ class Monitor:
         """Pre-clip, one for each step so far."""
 
         self.recent: deque[StepRecord] = deque(maxlen=RECENT)
+        self._calm_norms: deque[Float32s] = deque(maxlen=RECENT)
+        """[L] of the recent steps outside of episodes: what is usual."""
+
         self.anomalies: list[Anomaly] = []
         watch.on_anomaly(self.anomalies.append)
 
@@ -55,9 +58,12 @@ class Monitor:
 
     def update(self, done: int) -> None:
         """Takes over the records below step `done`."""
+        calm = not self.open_kinds()
         for record in self.watch.history(min(done - self.done, AT_ONCE)):
             self.total_norms.append(record.total_norm)
             self.recent.append(record)
+            if calm and np.isfinite(record.total_norm):
+                self._calm_norms.append(record.grad_norms)
 
     def share_clipped(self) -> float:
         """Of the recent steps, 0 to 1."""
@@ -74,10 +80,9 @@ class Monitor:
     def worst_layers(self, count: int) -> list[LayerNow]:
         """The layers that are furthest above their usual norm, in the order of the model."""
         latest = self.latest
-        finite = [r.grad_norms for r in self.recent if np.isfinite(r.total_norm)]
-        if latest is None or not finite:
+        if latest is None or not self._calm_norms:
             return []
-        usual_L = np.median(finite, axis=0)
+        usual_L = np.median(self._calm_norms, axis=0)
         layers = [
             LayerNow(layer, float(norm), float(usual))
             for layer, norm, usual in zip(latest.layers, latest.grad_norms, usual_L, strict=True)
