@@ -34,6 +34,7 @@ def attach(
     recording: str | os.PathLike[str] | None = "gradwatch-runs",
     discovery: str | os.PathLike[str] | None = None,
     linger: float = LINGER_SECONDS,
+    scaler: Any = None,
 ) -> Watch:
     """Watches the gradients of `model` from the next `optimizer.step()` on.
 
@@ -48,6 +49,8 @@ def attach(
         discovery: a directory that Prometheus reads targets from (file_sd); None writes no file.
         linger: how many seconds an ending run waits, at most, for one last scrape. It waits only
             where it was scraped before.
+        scaler: the `torch.amp.GradScaler` of the loop. Without it the steps that it drops are seen
+            with a fused optimizer only.
 
     Raises:
         PolicyError: the policy is wrong or does not fit the model.
@@ -64,6 +67,7 @@ def attach(
         version=importlib.metadata.version("gradwatch"),
         started=started,
         pid=os.getpid(),
+        scaler=scaler,
     )
     if port is not None:
         _serve(watch, host, port, discovery, linger)

@@ -2,6 +2,10 @@
 
     backend.gather -> backend.measure -> decide -> judge -> backend.scale | drop -> recorder
 
+Where a decision may stay on an accelerator it is applied there and read later:
+
+    backend.gather -> backend.measure -> decide -> backend.apply -> ... -> judge -> recorder
+
 Framework-free: a backend knows the gradients, the rules are pure, and the recorder takes the row
 from here to detection, recording and metrics on another thread.
 """
@@ -11,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,8 +28,9 @@ from gradwatch.recording.ring import Row
 from gradwatch.records import Bools, Float32s, RunInfo
 from gradwatch.rules.arrays import Arrays, Vector
 from gradwatch.rules.chain import Chain
-from gradwatch.rules.clipping import Decision, Rule, decide
-from gradwatch.rules.guard import SkipHistory, Verdict, judge
+from gradwatch.rules.clipping import Decision, Norms, Rule, decide
+from gradwatch.rules.guard import OVERFLOW, SkipHistory, Verdict, judge
+from gradwatch.rules.reading import Reading, overflowed, pack, unpack
 
 __all__ = ["Backend", "Engine", "StepContext"]
 
@@ -35,25 +40,63 @@ TOLERATED_FAILURES = 3
 """Failures of our own in a row after which `guard.on_error` applies."""
 
 
+class Gradients(Protocol):
+    """The gradients of one step, as a backend hands them round."""
+
+    present: bytes
+    """[P] 1 where the parameter has a gradient."""
+
+    loss_scale: Any
+    """What the gradients are still multiplied by: 0-d, or None where they are not."""
+
+    found_inf: Any
+    """Whether a loss scaler will drop the step: 0-d, not 0 where it will; None without one."""
+
+
 class Backend(Protocol):
-    """What a framework does with gradients. The value of `gather` is opaque but for `.present`."""
+    """What a framework does with gradients. Q of the P watched parameters have one."""
 
     xp: Arrays
 
-    def gather(self) -> Any:
-        """The gradients that are due now; `.present` says which ([P], one byte each)."""
+    reads_host: bool
+    """Whether decisions are read before they are applied."""
+
+    def gather(self, factor: float) -> Any:
+        """The gradients that are due now; what the optimizer is due to see is `factor` of them."""
 
     def measure(self, gradients: Any, norm_type: float) -> Vector:
-        """[Q] p-norm of each present tensor, right also where float32 overflows."""
+        """[Q] p-norm of each present tensor, times the factor; where the host may be read right
+        also where float32 overflows."""
+
+    def touch(
+        self, gradients: Any, rule: Rule, bounds_S: Vector, over: Vector, norms: Norms, apply: bool
+    ) -> Norms:
+        """Clamps or zeroes elements beyond their bound, and measures again.
+
+        Args:
+            bounds_S: for each tensor that the rule selects.
+            over: 0-d, whether any element exceeds its bound.
+            norms: of all tensors as they are.
+            apply: whether in place; else only the norms are found out.
+        """
 
     def host(self, vector: Vector) -> Float32s:
         """A vector, on the host."""
 
     def scale(self, gradients: Any, coefs_Q: Vector, on_host_Q: Float32s) -> None:
-        """Multiplies each gradient by its coef, in place; the coefs come twice."""
+        """Multiplies each gradient by its coef and the factor; the coefs come twice."""
 
-    def drop(self) -> None:
+    def drop(self, gradients: Any) -> None:
         """Makes the step that is due one without gradients."""
+
+    def apply(self, gradients: Any, coefs_Q: Vector, skip: Vector | None) -> None:
+        """Scales, and drops where `skip` (0-d) says so, without reading the device."""
+
+    def send(self, packed: Vector, what: Any) -> None:
+        """Begins to copy a vector to the host; `what` comes back with it."""
+
+    def arrived(self, *, wait: bool) -> Iterable[tuple[Any, Any]]:
+        """The vectors that have come to the host since, in order, each with what was sent along."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,27 +104,32 @@ class StepContext:
     """What the loop knows about the step that is due."""
 
     micro_batches: int = 1
+    weight: float = 1.0
+    factor: float = 1.0
+    """What the gradients are multiplied by to be what the optimizer is due to see."""
+
     learning_rate: float = math.nan
     loss_scale: float = math.nan
+    """NaN without a loss scaler."""
+
+    overflows: int = 0
+    """Steps that a loss scaler has dropped since the last one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Step:
-    """One step, measured and decided."""
+    """A step from the moment that it is due until it is recorded."""
 
-    gradients: Any
-    norms: dict[float, Vector]
-    """By norm_type, the norm of each present tensor [Q]."""
+    number: int
+    started: float
+    """By the performance counter."""
 
-    rules: tuple[Rule, ...]
+    time: float
+    context: StepContext
     limits: list[float]
-    decision: Decision
-    coefs_Q: Float32s
-    """The multipliers on the host; 1 where nothing is done."""
-
-    over: list[bool]
-    total_norm: float
-    verdict: Verdict
+    present: bytes
+    rules: tuple[Rule, ...]
+    overhead_seconds: float = 0.0
 
 
 class Engine:
@@ -96,8 +144,7 @@ class Engine:
         on_error: Callable[[str], None],
     ) -> None:
         self.num_steps = 0
-        self.skipped: str | None = None
-        """Why the last step was skipped, or None."""
+        """Steps that were due so far."""
 
         self.enforcing = policy.enforcing
         self._guard = policy.guard
@@ -108,9 +155,17 @@ class Engine:
         self._reason_code = {reason: i for i, reason in enumerate(info.reasons, start=1)}
         self._num_parameters = len(info.layout.parameters)
         self._skips = SkipHistory()
+        self._skipped: str | None = None
+        self._stopping: TrainingStopped | None = None
         self._failures_in_a_row = 0
         self._warning: set[str] = set()
         self._last_time = math.nan
+
+    @property
+    def skipped(self) -> str | None:
+        """Why the last step was skipped, or None. Waits for the device where only that knows."""
+        self.catch_up(wait=True)
+        return self._skipped
 
     def step(self, context: StepContext) -> None:
         """All that gradwatch does for one optimizer step, just before the update.
@@ -118,121 +173,212 @@ class Engine:
         Raises:
             TrainingStopped: the policy says stop. Nothing else of ours leaves this method.
         """
-        started = time.perf_counter()
-        doing = "measure"
-        self.skipped = None
-        step = None
+        self.catch_up(wait=context.overflows > 0)
+        if self._stopping is not None:
+            raise self._stopping
+        for _ in range(context.overflows):
+            self._finish(self._due(context), overflowed(len(self._chain)))
+        step = self._due(context)
+        doing, reading, verdict = "measure", None, Verdict()
         try:
-            step = self._decided()
+            gradients = self._backend.gather(context.factor)
+            step.present = gradients.present
+            step.rules = self._chain.rules(gradients.present)
+            norms, decision = self._decided(gradients, step)
+            if self._backend.reads_host:
+                reading = self._read(gradients, norms, decision)
+                verdict = self._judged(step, reading)
             doing = "apply"
-            self._act(step)
+            if self._backend.reads_host:
+                self._act(gradients, decision, verdict, context.factor)
+            else:
+                self._act_unread(gradients, norms, decision, step)
             self._failures_in_a_row = 0
         except Exception:
-            self._failed(doing)
-        if step is not None:
-            try:
-                self._record(step, context, started)
-            except Exception:
-                self._report("readback")
-        self.num_steps += 1
-        if step is not None and step.verdict.stop and self.enforcing:
-            raise _stopped(self.num_steps - 1, step.verdict.stop, step.verdict.skip or "")
+            self._failed(doing, step)
+        step.overhead_seconds = time.perf_counter() - step.started
+        if reading is not None:
+            self._end(step, reading, verdict)
 
-    def _decided(self) -> _Step:
-        gradients = self._backend.gather()
-        norms = {p: self._backend.measure(gradients, p) for p in self._chain.norm_types}
-        rules = self._chain.rules(gradients.present)
-        limits = self._chain.limits(self.num_steps)
-        decision = decide(rules, norms, limits, self._backend.xp)
-        over = [bool(flag) for flag in decision.over]
-        total_norm = float(decision.total_norm)
-        verdict, self._skips = judge(
-            self._guard, rules, over, total_norm, self._skips, self.num_steps
-        )
-        coefs_Q = self._backend.host(decision.coefs_P)
-        return _Step(gradients, norms, rules, limits, decision, coefs_Q, over, total_norm, verdict)
+    def catch_up(self, *, wait: bool) -> None:
+        """Ends the steps whose decisions have come from the device meanwhile.
 
-    def _act(self, step: _Step) -> None:
-        self._warn(step)
-        if not self.enforcing or step.verdict.stop:
+        One skip too many among them stops the run at the next step.
+        """
+        if self._backend.reads_host:
             return
-        self.skipped = step.verdict.skip
-        if step.verdict.skip:
-            self._backend.drop()
-        elif step.coefs_Q.min(initial=1.0) < 1.0:
-            self._backend.scale(step.gradients, step.decision.coefs_P, step.coefs_Q)
+        try:
+            arrived = list(self._backend.arrived(wait=wait))
+        except Exception:
+            self._on_error("readback")
+            return
+        for vector, step in arrived:
+            try:
+                self._finish(step, unpack(vector, len(step.rules)))
+            except TrainingStopped as stopped:
+                self._stopping = stopped
 
-    def _warn(self, step: _Step) -> None:
+    def _due(self, context: StepContext) -> _Step:
+        absent = bytes(self._num_parameters)
+        step = _Step(
+            number=self.num_steps,
+            started=time.perf_counter(),
+            time=time.time(),
+            context=context,
+            limits=self._chain.limits(self.num_steps),
+            present=absent,
+            rules=(),
+        )
+        self.num_steps += 1
+        self._skipped = None
+        return step
+
+    def _decided(self, gradients: Any, step: _Step) -> tuple[Norms, Decision]:
+        norms: Norms = {p: self._backend.measure(gradients, p) for p in self._chain.norm_types}
+        now = norms
+
+        def touch(rule: Rule, bounds_S: Vector, over: Vector) -> Norms:
+            nonlocal now
+            now = self._backend.touch(gradients, rule, bounds_S, over, now, self.enforcing)
+            return now
+
+        zero = self._guard.nonfinite == "zero"
+        decision = decide(
+            step.rules, norms, step.limits, self._backend.xp, zero_nonfinite=zero, touch=touch
+        )
+        return norms, decision
+
+    def _read(self, gradients: Any, norms: Norms, decision: Decision) -> Reading:
+        scale, found_inf = gradients.loss_scale, gradients.found_inf
+        return Reading(
+            total_norm=float(decision.total_norm),
+            total_norm_clipped=float(decision.total_norm_clipped),
+            over=tuple(bool(over) for over in decision.over),
+            loss_scale=math.nan if scale is None else float(scale),
+            overflow=found_inf is not None and bool(found_inf != 0),
+            norms_Q=self._backend.host(norms[2.0]),
+            kept_Q=self._backend.host(decision.kept_P),
+        )
+
+    def _act(self, gradients: Any, decision: Decision, verdict: Verdict, factor: float) -> None:
+        if not self.enforcing or verdict.stop or verdict.skip == OVERFLOW:
+            return
+        coefs_Q = self._backend.host(decision.coefs_P)
+        if verdict.skip:
+            self._backend.drop(gradients)
+        elif factor != 1.0 or coefs_Q.min(initial=1.0) < 1.0:
+            self._backend.scale(gradients, decision.coefs_P, coefs_Q)
+
+    def _act_unread(self, gradients: Any, norms: Norms, decision: Decision, step: _Step) -> None:
+        """Acts as `judge` will find when it reads the same numbers."""
+        skip, xp = None, self._backend.xp
+        if self._guard.nonfinite == "skip":
+            skip = ~xp.isfinite(decision.total_norm)
+        for rule, over in zip(step.rules, decision.over, strict=True):
+            if rule.then == "skip":
+                skip = over if skip is None else skip | over
+        if self.enforcing:
+            self._backend.apply(gradients, decision.coefs_P, skip)
+        scale, found_inf = gradients.loss_scale, gradients.found_inf
+        self._backend.send(pack(decision, norms[2.0], scale, found_inf, xp), step)
+
+    def _finish(self, step: _Step, reading: Reading) -> None:
+        """Judges and ends a step of which the host learns when it is over."""
+        self._end(step, reading, self._judged(step, reading))
+
+    def _judged(self, step: _Step, reading: Reading) -> Verdict:
+        verdict, self._skips = judge(
+            self._guard, step.rules, reading.over, reading.total_norm, self._skips, step.number,
+            overflow=reading.overflow,
+        )  # fmt: skip
+        self._warn(step, reading)
+        return verdict
+
+    def _warn(self, step: _Step, reading: Reading) -> None:
         """One line when a `then: warn` rule goes over its limit, not one for each step."""
-        for rule, limit, is_over in zip(step.rules, step.limits, step.over, strict=True):
+        for rule, limit, is_over in zip(step.rules, step.limits, reading.over, strict=False):
             if rule.then == "warn" and is_over and rule.name not in self._warning:
                 logger.warning(
                     "step %d: rule %s is over its limit %g (total norm %.4g)",
-                    self.num_steps, rule.name, limit, step.total_norm,
+                    step.number, rule.name, limit, reading.total_norm,
                 )  # fmt: skip
             (self._warning.add if is_over else self._warning.discard)(rule.name)
 
-    def _record(self, step: _Step, context: StepContext, started: float) -> None:
-        now = time.time()
-        clips = not step.verdict.skip and bool(step.coefs_Q.min(initial=1.0) < 1.0)
-        clipped = float(step.decision.total_norm_clipped) if clips else step.total_norm
-        norms_P, coefs_P, present_P = self._per_tensor(step, step.coefs_Q if clips else None)
-        self._recorder.append(
-            Row(
-                step=self.num_steps,
-                time=now,
-                duration_seconds=now - self._last_time,
-                overhead_seconds=time.perf_counter() - started,
-                total_norm=step.total_norm,
-                total_norm_clipped=clipped,
-                clip_coef=clipped / step.total_norm if clips else 1.0,
-                fired=sum(1 << k for k, is_over in enumerate(step.over) if is_over),
-                skipped=self._reason_code.get(step.verdict.skip or "", 0),
-                micro_batches=context.micro_batches,
-                weight=float(context.micro_batches),
-                loss_scale=context.loss_scale,
-                learning_rate=context.learning_rate,
-                limits=step.limits,
-                tensor_norms_P=norms_P,
-                tensor_coefs_P=coefs_P,
-                present_P=present_P,
-            )
+    def _end(self, step: _Step, reading: Reading, verdict: Verdict) -> None:
+        """Hands a step over to the recorder.
+
+        Raises:
+            TrainingStopped: the verdict is to stop.
+        """
+        if (self.enforcing and not verdict.stop) or verdict.skip == OVERFLOW:
+            self._skipped = verdict.skip
+        try:
+            self._recorder.append(self._row(step, reading, verdict))
+        except Exception:
+            self._on_error("readback")
+        self._last_time = step.time
+        if verdict.stop and self.enforcing:
+            raise _stopped(step.number, verdict.stop, verdict.skip or "")
+
+    def _row(self, step: _Step, reading: Reading, verdict: Verdict) -> Row:
+        clips = not verdict.skip and bool(reading.kept_Q.min(initial=1.0) < 1.0)
+        clipped = reading.total_norm_clipped if clips else reading.total_norm
+        norms_P, coefs_P, present_P = self._per_tensor(step, reading, clips)
+        context, scale = step.context, reading.loss_scale
+        return Row(
+            step=step.number,
+            time=step.time,
+            duration_seconds=step.time - self._last_time,
+            overhead_seconds=step.overhead_seconds,
+            total_norm=reading.total_norm,
+            total_norm_clipped=clipped,
+            clip_coef=_ratio(clipped, reading.total_norm) if clips else 1.0,
+            fired=sum(1 << k for k, is_over in enumerate(reading.over) if is_over),
+            skipped=self._reason_code.get(verdict.skip or "", 0),
+            micro_batches=context.micro_batches,
+            weight=context.weight,
+            loss_scale=scale if math.isfinite(scale) else context.loss_scale,
+            learning_rate=context.learning_rate,
+            limits=step.limits,
+            tensor_norms_P=norms_P,
+            tensor_coefs_P=coefs_P,
+            present_P=present_P,
         )
-        self._last_time = now
 
     def _per_tensor(
-        self, step: _Step, coefs_Q: Float32s | None
+        self, step: _Step, reading: Reading, clips: bool
     ) -> tuple[Float32s, Float32s | None, Bools | None]:
         """Norms, coefs and presence [P]; None stands for coefs that are all 1, and for all."""
-        norms_Q = self._backend.host(step.norms[2.0])
-        if len(norms_Q) == self._num_parameters:
-            return norms_Q, coefs_Q, None
-        present_P = np.frombuffer(step.gradients.present, dtype=np.bool_)
+        coefs_Q = reading.kept_Q if clips else None
+        if len(reading.norms_Q) == self._num_parameters:
+            return reading.norms_Q, coefs_Q, None
+        present_P = np.frombuffer(step.present, dtype=np.bool_)
         coefs_P = None if coefs_Q is None else _spread(coefs_Q, present_P, 1.0)
-        return _spread(norms_Q, present_P, 0.0), coefs_P, present_P
+        return _spread(reading.norms_Q, present_P, 0.0), coefs_P, present_P
 
-    def _failed(self, component: str) -> None:
+    def _failed(self, component: str, step: _Step) -> None:
         """Counts a failure to decide or to apply, and does what `guard.on_error` says."""
-        self._report(component)
+        self._on_error(component)
         self._failures_in_a_row += 1
         if not self.enforcing or self._failures_in_a_row < TOLERATED_FAILURES:
             return
         if self._guard.on_error == "stop":
             message = f"gradwatch failed {self._failures_in_a_row} times in a row to {component}"
-            raise _stopped(self.num_steps, f"{message}, guard.on_error is stop", "on_error")
+            raise _stopped(step.number, f"{message}, guard.on_error is stop", "on_error")
         self.enforcing = False
         logger.critical(
             "gradwatch failed %d times in a row to %s: the policy is no longer enforced "
             "(guard.on_error is observe)", self._failures_in_a_row, component,
         )  # fmt: skip
 
-    def _report(self, component: str) -> None:
-        self._on_error(component)
-
 
 def _stopped(step: int, why: str, reason: str) -> TrainingStopped:
     message = f"stopped before the update of step {step}: {why}"
     return TrainingStopped(message, step=step, reason=reason)
+
+
+def _ratio(after: float, before: float) -> float:
+    return after / before if before and math.isfinite(before) else 1.0
 
 
 def _spread(values_Q: Float32s, present_P: Bools, fill: float) -> Float32s:

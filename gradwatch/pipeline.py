@@ -43,6 +43,9 @@ class Pipeline:
         self.closers: list[Callable[[], None]] = []
         """Run at the end of `close`, after the last record was handled."""
 
+        self.before_close: Callable[[], Callable[..., None] | None] = lambda: None
+        """A reference to what hands over the last records (wait=True); it may be gone."""
+
         self.ring, store = self._opened(directory)
         self.consumer = Consumer(
             self.ring,
@@ -78,6 +81,11 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
+        if hand_over := self.before_close():
+            try:
+                hand_over(wait=True)
+            except Exception:
+                self.report("readback")
         self.recorder.close_record()
         self.consumer.stop(state, FLUSH_SECONDS)
         for closer in self.closers:

@@ -21,28 +21,44 @@ class Recorder:
         self._wake = wake
         self._wake_every = max(1, ring.slots // 4)
         self._rows = 0
-        self._pending: dict[str, float] = {}
+        self._newest = -1
+        self._pending: dict[int, dict[str, float]] = {}
+        """By step, of steps without a row yet."""
+
         self._logged_before_step: set[str] = set()
 
-    def log(self, scalars: Mapping[str, float], *, backward_seen: bool) -> None:
+    def log(self, scalars: Mapping[str, float], *, num_steps: int, backward_seen: bool) -> None:
         """Scalars of the step that is due, or of the one just done.
 
         After a backward pass they belong to the step that is due. Before one the place is
         ambiguous, since a loop may log between forward and backward or after `step()`; whichever
         a name did first, it is taken to do always.
+
+        Args:
+            num_steps: that were due so far.
+            backward_seen: whether a backward pass ran since the last of them.
         """
         for name, value in scalars.items():
-            if self._rows == 0 and not backward_seen:
+            if num_steps == 0 and not backward_seen:
                 self._logged_before_step.add(name)
-            if backward_seen or name in self._logged_before_step:
-                self._pending[name] = value
+            is_due = backward_seen or name in self._logged_before_step
+            step = num_steps if is_due else num_steps - 1
+            if step > self._newest:
+                self._pending.setdefault(step, {})[name] = value
             else:
                 self.ring.log(name, value)
 
+    def defer(self, step: int, by: int) -> None:
+        """What was logged for a step is that of a later one: some before it were never seen."""
+        if step in self._pending:
+            self._pending[step + by] = self._pending.pop(step)
+
     def append(self, row: Row) -> None:
         """One step; closes the record before it."""
-        pending, self._pending = self._pending, {}
-        self.ring.append(row, pending)
+        for step in [step for step in self._pending if step < row.step]:
+            del self._pending[step]
+        self.ring.append(row, self._pending.pop(row.step, {}))
+        self._newest = row.step
         self._rows += 1
         if self._rows % self._wake_every == 0:
             self._wake()

@@ -155,7 +155,7 @@ class RunInfo:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Every reason for which a step may be skipped."""
-        return ("nonfinite", *self.rules)
+        return ("nonfinite", "overflow", *self.rules)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ class StepRecord:
     """Whether any multiplier was below 1."""
 
     skipped: str | None = None
-    """Why the step was dropped (`nonfinite` or the name of a rule), or None."""
+    """Why the step was dropped (`nonfinite`, `overflow` by a loss scaler, or a rule's name)."""
 
     tensor_norms_P: Float32s
     tensor_coefs_P: Float32s

@@ -44,6 +44,7 @@ class Watch:
         """What runs behind the loop; for the parts of gradwatch that export it."""
 
         self._engine = Engine(info, policy, backend, self.pipeline.recorder, self.pipeline.report)
+        self.pipeline.before_close = weakref.WeakMethod(self._engine.catch_up)
         self._unloggable: set[str] = set()
         # Also runs at interpreter exit, so that a loop that never closes loses nothing.
         self._finalizer = weakref.finalize(self, _close_at_exit, self.pipeline)
@@ -67,9 +68,10 @@ class Watch:
 
     @property
     def skipped(self) -> str | None:
-        """Why the last step was skipped (`nonfinite` or the name of a rule), or None.
+        """Why the last step was skipped (`nonfinite`, `overflow` or the name of a rule), or None.
 
-        For a learning-rate schedule that should stand still with the optimizer.
+        For a learning-rate schedule that should stand still with the optimizer. Where the decision
+        is on an accelerator this waits for it.
         """
         return self._engine.skipped
 
@@ -102,7 +104,9 @@ class Watch:
             except Exception as error:
                 self._warn_unloggable(name, value, error)
         try:
-            self.pipeline.recorder.log(values, backward_seen=self._backward_seen())
+            self.pipeline.recorder.log(
+                values, num_steps=self._engine.num_steps, backward_seen=self._backward_seen()
+            )
         except Exception:
             self.pipeline.report("readback")
 
@@ -132,7 +136,9 @@ class Watch:
         """
         was_enforcing = self._engine.enforcing
         try:
-            self._engine.step(self._context())
+            context = self._context()
+            self.pipeline.recorder.defer(self._engine.num_steps, context.overflows)
+            self._engine.step(context)
         except TrainingStopped:
             self.pipeline.tally.set_state("stopped")
             raise
@@ -143,6 +149,7 @@ class Watch:
 
     def flush(self) -> None:
         """Waits until every step so far is diagnosed, counted and on disk (10 s at most)."""
+        self._engine.catch_up(wait=True)
         if not self.pipeline.flush():
             logger.warning("flush: gradwatch's thread did not catch up within 10 seconds")
 

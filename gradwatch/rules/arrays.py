@@ -7,6 +7,7 @@ reference; each framework brings its own version, so that a decision stays on it
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,8 +37,13 @@ class Arrays(Protocol):
 
     def ones_like(self, x: Vector) -> Vector: ...
 
+    def full_like(self, x: Vector, value: float) -> Vector: ...
+
+    def concat(self, parts: Sequence[Vector]) -> Vector:
+        """0-d values and vectors, truth values too, as one float vector."""
+
     def quotient(self, a: Any, x: Vector) -> Vector:
-        """a / x, inf where x is 0."""
+        """a / x, inf or NaN where x is 0."""
 
     def at_most_one(self, x: Vector) -> Vector:
         """min(1, x)."""
@@ -75,8 +81,14 @@ class _NumPy:
     def ones_like(self, x: Vector) -> Vector:
         return np.ones_like(x)
 
+    def full_like(self, x: Vector, value: float) -> Vector:
+        return np.full_like(x, value)
+
+    def concat(self, parts: Sequence[Vector]) -> Vector:
+        return np.concatenate([np.atleast_1d(part) for part in parts])
+
     def quotient(self, a: Any, x: Vector) -> Vector:
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             return a / x
 
     def at_most_one(self, x: Vector) -> Vector:

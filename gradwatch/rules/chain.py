@@ -8,6 +8,7 @@ of present tensors and kept. Units are numbered over the whole layout and do not
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import numpy as np
@@ -38,6 +39,9 @@ class Chain:
         self._points = [_points(rule) for rule in policy.clip]
         self._by_present: OrderedDict[bytes, tuple[Rule, ...]] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._clip)
+
     def limits(self, step: int) -> list[float]:
         """[K] the limits in force at an optimizer step."""
         return [limit_at(points, step) for points in self._points]
@@ -66,8 +70,10 @@ class Chain:
                     then=rule.then,
                     eps=rule.eps,
                     norm_type=norm_type,
+                    per_element=rule.per == "element",
                     root_size_U=self._root_sizes(chosen, units, num_units) if is_rms else None,
                     tensors=None if everything else self._xp.indices(position_P[chosen]),
+                    positions=None if everything else tuple(position_P[chosen].tolist()),
                     unit_of=None if units is None else self._xp.indices(units[chosen]),
                     num_units=num_units,
                 )
@@ -84,6 +90,8 @@ class Chain:
 
 def _measure(rule: ClipRule) -> tuple[float, bool]:
     """The p of the p-norm that a rule compares, and whether it is divided by the root of a size."""
+    if rule.per == "element":
+        return math.inf, False  # the norm of one element is its absolute value, whatever p
     if rule.measure == "rms":
         return 2.0, True
     return float(rule.measure.removeprefix("l")), False
@@ -91,7 +99,7 @@ def _measure(rule: ClipRule) -> tuple[float, bool]:
 
 def _units(rule: ClipRule, layout: Layout) -> tuple[Indices | None, int]:
     """[P] the unit of each parameter, and how many there are; None for one unit of all."""
-    if rule.per == "all":
+    if rule.per in ("all", "element"):
         return None, 1
     if rule.per == "layer":
         return layout.layer_of_P, len(layout.layers)

@@ -3,22 +3,28 @@
     norms {p: norms_P}, limits_K  ->  coefs_P, over_K
 
 P tensors in parameter order, K rules in the order of the policy, one vector of norms for each
-norm_type p that a rule uses. Scaling a tensor by c scales its
-norm by c, so a whole chain of rules needs one vector of norms and gives one vector of multipliers:
-the gradient is read once for each p and written at most once, whatever the chain.
+norm_type p that a rule uses. Scaling a tensor by c scales its norm by c, so a whole chain of rules
+needs one vector of norms and gives one vector of multipliers: the gradient is read once for each p
+and written at most once, whatever the chain. Only a rule per element touches the data in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from gradwatch.rules.arrays import Arrays, Vector
 
-__all__ = ["Decision", "Rule", "Then", "decide"]
+__all__ = ["Decision", "Norms", "Rule", "Then", "Touch", "decide"]
 
 Then = Literal["scale", "skip", "zero", "stop", "warn"]
+Norms = Mapping[float, Vector]
+"""By norm_type the norm of each tensor [P]."""
+
+Touch = Callable[["Rule", Vector, Vector], Norms]
+"""Applies a rule per element to the data: the rule, the bound of each selected tensor's elements
+[S], and whether any element exceeds it (0-d). Returns the norms that all tensors have then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +36,9 @@ class Rule:
     norm_type: float = 2.0
     """The p of the p-norm that is compared."""
 
+    per_element: bool = False
+    """Whether each element is a unit of its own; `norm_type` is inf then."""
+
     root_size_U: Any = None
     """[U] or 0-d: what the L2 norm is divided by for the root mean square of a unit; None is 1."""
 
@@ -38,6 +47,9 @@ class Rule:
 
     tensors: Any = None
     """Positions of the selected tensors [S]; None selects all."""
+
+    positions: tuple[int, ...] | None = None
+    """The same on the host."""
 
     unit_of: Any = None
     """[S] which unit each selected tensor belongs to; None makes one unit of them all."""
@@ -54,36 +66,65 @@ class Decision:
 
     total_norm_clipped: Vector
     coefs_P: Vector
+    """What each tensor is to be multiplied by."""
+
+    kept_P: Vector
+    """[P] its norm after the chain over its norm before, 1 where that is 0 or not finite; not the
+    coef where a rule per element touched the tensor."""
+
     over: tuple[Vector, ...]
     """[K] each a 0-d truth value: some unit of that rule exceeded its limit."""
 
 
 def decide(
-    rules: Sequence[Rule], norms: Mapping[float, Vector], limits: Sequence[Any], xp: Arrays
+    rules: Sequence[Rule],
+    norms: Norms,
+    limits: Sequence[Any],
+    xp: Arrays,
+    *,
+    zero_nonfinite: bool = False,
+    touch: Touch | None = None,
 ) -> Decision:
     """Runs the chain from top to bottom; each `scale` rule sees what the ones above left.
 
-    Rules that do not scale compare the raw norm, since behind a tight clip they would never fire,
-    and a norm that is not finite counts as over their limit.
+    Other rules compare the raw norm, since behind a tight clip they would never fire, and a norm
+    that is not finite counts as over their limit.
 
     Args:
         rules: K rules.
         norms: by norm_type the norm of each tensor [P], float32 or float64; 2.0 is always there.
         limits: K limits, floats or 0-d values of `xp`, all > 0.
         xp: the array library of the norms.
+        zero_nonfinite: whether a tensor whose norm is not finite becomes 0 before the first rule.
+        touch: applies rules per element; needed where there is one that scales or zeroes.
     """
-    total_P = norms[2.0]
-    coefs_P = xp.ones_like(total_P)
-    over = []
+    raw_P = norms[2.0]
+    coefs_P = xp.ones_like(raw_P)
+    if zero_nonfinite:
+        finite_P = xp.isfinite(raw_P)
+        coefs_P = xp.where(finite_P, coefs_P, 0.0)
+        norms = {p: xp.where(finite_P, norms_P, 0.0) for p, norms_P in norms.items()}
+    now, over = norms, []
     for rule, limit in zip(rules, limits, strict=True):
-        norms_P = norms[rule.norm_type]
-        units_U = _measured(rule, norms_P * coefs_P if rule.then == "scale" else norms_P, xp)
         if rule.then == "scale":
+            units_U = _measured(rule, _left(now[rule.norm_type], coefs_P, xp), xp)
             over.append((xp.isfinite(units_U) & (units_U > limit)).any())
+        else:
+            units_U = _measured(rule, norms[rule.norm_type], xp)
+            over.append((~(units_U <= limit)).any())
+        if rule.then not in ("scale", "zero"):
+            continue
+        if rule.per_element:
+            assert touch is not None, "a rule per element needs the data"
+            now = touch(rule, xp.quotient(limit, _selected(rule, coefs_P)), over[-1])
+        elif rule.then == "scale":
             coefs_P = _scaled(rule, coefs_P, clip_coefs(units_U, limit, rule.eps, xp), xp)
         else:
-            over.append((~(units_U <= limit)).any())
-    return Decision(xp.norm(total_P), xp.norm(total_P * coefs_P), coefs_P, tuple(over))
+            kept_U = xp.where(units_U <= limit, xp.ones_like(units_U), 0.0)
+            coefs_P = _scaled(rule, coefs_P, kept_U, xp)
+    clipped_P = _left(now[2.0], coefs_P, xp)
+    kept_P = coefs_P if now is norms else _ratio(clipped_P, raw_P, xp)
+    return Decision(xp.norm(raw_P), xp.norm(clipped_P), coefs_P, kept_P, tuple(over))
 
 
 def clip_coefs(norms_U: Vector, limit: Any, eps: float, xp: Arrays) -> Vector:
@@ -101,8 +142,8 @@ def clip_coefs(norms_U: Vector, limit: Any, eps: float, xp: Arrays) -> Vector:
 
 
 def _measured(rule: Rule, norms_P: Vector, xp: Arrays) -> Vector:
-    """[U] the measure of each unit."""
-    norms_S = norms_P if rule.tensors is None else norms_P[rule.tensors]
+    """[U] the measure of each unit; of units per element the largest."""
+    norms_S = _selected(rule, norms_P)
     if rule.unit_of is None:
         measured_U = xp.norm(norms_S, rule.norm_type)
     else:
@@ -110,8 +151,23 @@ def _measured(rule: Rule, norms_P: Vector, xp: Arrays) -> Vector:
     return measured_U if rule.root_size_U is None else measured_U / rule.root_size_U
 
 
+def _left(norms_P: Vector, coefs_P: Vector, xp: Arrays) -> Vector:
+    """What is left of the norms; a coef of 0 leaves 0, also of what is not finite."""
+    return xp.where(coefs_P > 0, norms_P, 0.0) * coefs_P
+
+
+def _selected(rule: Rule, values_P: Vector) -> Vector:
+    return values_P if rule.tensors is None else values_P[rule.tensors]
+
+
 def _scaled(rule: Rule, coefs_P: Vector, coefs_U: Vector, xp: Arrays) -> Vector:
     coefs_S = coefs_U if rule.unit_of is None else coefs_U[rule.unit_of]
     if rule.tensors is None:
         return coefs_P * coefs_S
     return xp.scaled_at(coefs_P, rule.tensors, coefs_S)
+
+
+def _ratio(after_P: Vector, before_P: Vector, xp: Arrays) -> Vector:
+    """after / before, 1 where that says nothing."""
+    ratio_P = xp.quotient(after_P, before_P)
+    return xp.where(xp.isfinite(ratio_P), ratio_P, 1.0)

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from gradwatch.policy import Guard
 from gradwatch.rules.clipping import Rule
 
-__all__ = ["NONFINITE", "SkipHistory", "Verdict", "judge"]
+__all__ = ["NONFINITE", "OVERFLOW", "SkipHistory", "Verdict", "judge"]
 
 NONFINITE = "nonfinite"
+OVERFLOW = "overflow"
+"""The reason of a step that a loss scaler dropped, not we."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class SkipHistory:
 @dataclass(frozen=True, slots=True)
 class Verdict:
     skip: str | None = None
-    """Why to drop the gradients: `nonfinite` or the name of a rule; None applies them."""
+    """Why the step is dropped: `overflow`, `nonfinite` or the name of a rule; None takes it."""
 
     stop: str | None = None
     """Why to end the run before the update, as a sentence; None goes on."""
@@ -42,14 +44,23 @@ def judge(
     total_norm: float,
     history: SkipHistory,
     step: int,
+    *,
+    overflow: bool = False,
 ) -> tuple[Verdict, SkipHistory]:
-    """The guard comes first, then the rules from top to bottom; the first reason is the reason."""
+    """The guard comes first, then the rules from top to bottom; the first reason is the reason.
+
+    Args:
+        overflow: whether a loss scaler drops the step, whatever is said here; patience and budget
+            count it like any other skip.
+    """
     skip = stop = None
-    if guard.nonfinite != "none" and not math.isfinite(total_norm):
+    if overflow:
+        skip = OVERFLOW
+    elif guard.nonfinite in ("skip", "stop") and not math.isfinite(total_norm):
         skip = NONFINITE
         if guard.nonfinite == "stop":
             stop = f"the gradient is not finite (total norm {total_norm})"
-    for rule, is_over in zip(rules, over, strict=True):
+    for rule, is_over in zip(rules, () if overflow else over, strict=not overflow):
         if is_over and rule.then in ("skip", "stop"):
             skip = skip or rule.name
             if rule.then == "stop":

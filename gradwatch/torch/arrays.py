@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ class TorchArrays:
 
     def ones_like(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(x)
+
+    def full_like(self, x: torch.Tensor, value: float) -> torch.Tensor:
+        return torch.full_like(x, value)
+
+    def concat(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
+        return torch.cat([part.to(dtype).reshape(-1) for part in parts])
 
     def quotient(self, a: Any, x: torch.Tensor) -> torch.Tensor:
         quotient: torch.Tensor = a / x

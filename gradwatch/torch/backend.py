@@ -1,48 +1,154 @@
-"""The engine's verbs on torch tensors: gather, measure, scale, drop."""
+"""The engine's verbs on torch tensors: gather, measure, touch, scale, drop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from gradwatch.records import Float32s
 from gradwatch.rules.arrays import Arrays
+from gradwatch.rules.clipping import Norms, Rule
 from gradwatch.torch.arrays import TorchArrays
-from gradwatch.torch.gradients import Gradients, drop, gather, scale
+from gradwatch.torch.fused import FusedSwitches
+from gradwatch.torch.gradients import Gradients, clamp, drop, gather, scale, zero_above
 from gradwatch.torch.measure import measure, refined, smallest_trusted
+from gradwatch.torch.plan import ON_HOST, Plan
+from gradwatch.torch.readback import Readback
 
 __all__ = ["TorchBackend"]
 
+CPU = torch.device("cpu")
+
 
 class TorchBackend:
-    """Over a fixed list of parameters; decides on the host, after one copy of the norms."""
+    """Over a fixed list of parameters, on the host or on their one device as the plan says."""
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer | None = None,
+        plan: Plan = ON_HOST,
+        readback: Readback | None = None,
+    ) -> None:
+        self.reads_host = plan.reads_host
         self._parameters = list(parameters)
-        self.xp: Arrays = TorchArrays(torch.device("cpu"))
+        self._device = CPU if plan.reads_host else parameters[0].device
+        self._switches = None if optimizer is None else FusedSwitches(optimizer)
+        self._fused = plan.fused
+        self._one_scale = plan.one_scale
+        self._readback = readback
+        if readback is None and not plan.reads_host:
+            self._readback = Readback(self._device)
+        self.xp: Arrays = TorchArrays(self._device)
 
-    def gather(self) -> Gradients:
-        return gather(self._parameters)
+    def gather(self, factor: float = 1.0) -> Gradients:
+        values, present = gather(self._parameters)
+        if self._switches is None:
+            return Gradients(values, present, factor)
+        self._switches.disarm()  # the post hook does not run when a step raises
+        loss_scale, found_inf = self._switches.loss_scale, self._switches.found_inf
+        return Gradients(values, present, factor, loss_scale, found_inf)
 
     def measure(self, gradients: Gradients, norm_type: float) -> torch.Tensor:
-        """[Q] norms; float64 where float32 would over- or underflow."""
-        norms_Q = measure(gradients.values, norm_type)
-        if norms_Q.numel() == 0:
-            return norms_Q
+        """[Q] norms; where the host is read float64 where float32 would over- or underflow."""
+        return self._measured(gradients.values, gradients.unit, norm_type)
+
+    def _measured(
+        self, values: Sequence[torch.Tensor], unit: float | torch.Tensor, norm_type: float
+    ) -> torch.Tensor:
+        if not values:
+            return torch.zeros(0, device=self._device)
+        norms_Q = measure(values, norm_type, self._device)
+        if self.reads_host:
+            norms_Q = self._trusted(values, norms_Q, norm_type)
+        if isinstance(unit, torch.Tensor):
+            return norms_Q * unit.to(self._device)
+        return norms_Q if unit == 1.0 else norms_Q * unit
+
+    def _trusted(
+        self, values: Sequence[torch.Tensor], norms_Q: torch.Tensor, norm_type: float
+    ) -> torch.Tensor:
         total = self.xp.norm(norms_Q, norm_type)
         smallest, total = torch.stack((norms_Q.min(), total)).tolist()
         if smallest >= smallest_trusted(norm_type) and total < math.inf:
             return norms_Q
-        return refined(gradients.values, norms_Q, norm_type)
+        return refined(values, norms_Q, norm_type)
+
+    def touch(
+        self,
+        gradients: Gradients,
+        rule: Rule,
+        bounds_S: torch.Tensor,
+        over: torch.Tensor,
+        norms: Norms,
+        apply: bool,
+    ) -> Norms:
+        if self.reads_host and not bool(over):
+            return norms
+        everything = rule.positions is None
+        chosen = range(len(gradients.values)) if rule.positions is None else rule.positions
+        values = [gradients.values[i] for i in chosen]
+        if not apply:
+            values = [value.clone() for value in values]
+        bounds = (bounds_S.expand(len(values)) / gradients.unit).unbind()
+        (clamp if rule.then == "scale" else zero_above)(values, bounds)
+        after = {}
+        for norm_type, norms_Q in norms.items():
+            norms_S = self._measured(values, gradients.unit, norm_type).to(norms_Q.dtype)
+            after[norm_type] = (
+                norms_S if everything else norms_Q.index_copy(0, rule.tensors, norms_S)
+            )
+        return after
 
     def host(self, vector: torch.Tensor) -> Float32s:
-        host: Float32s = vector.to(torch.float32).numpy()
+        host: Float32s = vector.to(CPU, torch.float32).numpy()
         return host
 
     def scale(self, gradients: Gradients, coefs_Q: torch.Tensor, on_host_Q: Float32s) -> None:
-        scale(gradients, coefs_Q, on_host_Q)
+        all_alike = on_host_Q.size > 0 and on_host_Q.min() == on_host_Q.max() > 0
+        if self._fused and all_alike and self._switches is not None:
+            self._switches.arm(divisor=self._divisor(coefs_Q, gradients.factor))
+        elif gradients.factor == 1.0:
+            scale(gradients.values, coefs_Q, on_host_Q)
+        else:
+            coefs_Q = coefs_Q * gradients.factor
+            scale(gradients.values, coefs_Q, self.host(coefs_Q))
 
-    def drop(self) -> None:
-        drop(self._parameters)
+    def drop(self, gradients: Gradients) -> None:
+        switches = self._switches
+        if self._fused and switches is not None and switches.drops_cleanly():
+            switches.arm(skip=torch.ones((), device=gradients.values[0].device))
+        else:
+            drop(self._parameters)
+
+    def apply(self, gradients: Gradients, coefs_Q: torch.Tensor, skip: torch.Tensor | None) -> None:
+        if not gradients.values:
+            return
+        if not self._fused or self._switches is None:
+            scale(gradients.values, coefs_Q * gradients.factor, None)
+            return
+        divisor = None
+        if self._one_scale:
+            divisor = self._divisor(coefs_Q, gradients.factor)
+        else:
+            scale(gradients.values, coefs_Q * gradients.factor, None)
+        self._switches.arm(divisor=divisor, skip=skip)
+
+    def disarm(self) -> None:
+        """Behind the step: the optimizer's attributes as they were."""
+        if self._switches is not None:
+            self._switches.disarm()
+
+    def send(self, packed: torch.Tensor, what: Any) -> None:
+        assert self._readback is not None
+        self._readback.send(packed, what)
+
+    def arrived(self, *, wait: bool) -> Iterable[tuple[Any, Any]]:
+        return () if self._readback is None else self._readback.arrived(wait=wait)
+
+    def _divisor(self, coefs_Q: torch.Tensor, factor: float) -> torch.Tensor:
+        device = self._parameters[0].device
+        return (1.0 / (coefs_Q[0] * factor)).to(device, torch.float32)

@@ -1,4 +1,4 @@
-"""Parameters in, their gradients out; scaling and dropping them.
+"""Parameters in, their gradients out; scaling, clamping and dropping them.
 
 The only file that touches `.grad`.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from gradwatch.records import Bools, Float32s
+from gradwatch.records import Float32s
 
-__all__ = ["Gradients", "drop", "gather", "scale"]
+__all__ = ["Gradients", "clamp", "drop", "gather", "scale", "zero_above"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +25,33 @@ class Gradients:
     present: bytes
     """[P] 1 where the parameter has a gradient; hashable, so that plans can be kept by it."""
 
+    factor: float = 1.0
+    """What the optimizer is due to see is so many times the gradient."""
+
+    loss_scale: torch.Tensor | None = None
+    """0-d: what the gradients are still multiplied by, and the optimizer will divide by."""
+
+    found_inf: torch.Tensor | None = None
+    """0-d: not 0 where a loss scaler has the optimizer drop the step."""
+
     @property
-    def present_P(self) -> Bools:
-        return np.frombuffer(self.present, dtype=np.bool_)
+    def unit(self) -> float | torch.Tensor:
+        """What a value is multiplied by for what the optimizer is due to see."""
+        return self.factor if self.loss_scale is None else self.factor / self.loss_scale
 
 
-def gather(parameters: Sequence[torch.nn.Parameter]) -> Gradients:
-    """Collects `.grad`. A sparse one is coalesced in place, so that it is paid for once."""
+def gather(parameters: Sequence[torch.nn.Parameter]) -> tuple[list[torch.Tensor], bytes]:
+    """Collects `.grad`: values [Q] and presence [P].
+
+    A sparse gradient is coalesced in place, so that it is paid for once.
+    """
     grads = [parameter.grad for parameter in parameters]
     values = [grad for grad in grads if grad is not None]
     present = bytes([grad is not None for grad in grads])
     for i, value in enumerate(values):
         if value.layout != torch.strided:
             values[i] = _coalesced(parameters, value)
-    return Gradients(values, present)
+    return values, present
 
 
 def _coalesced(parameters: Sequence[torch.nn.Parameter], grad: torch.Tensor) -> torch.Tensor:
@@ -48,21 +60,49 @@ def _coalesced(parameters: Sequence[torch.nn.Parameter], grad: torch.Tensor) -> 
     return owner.grad._values()
 
 
-def scale(gradients: Gradients, coefs_Q: torch.Tensor, on_host_Q: Float32s) -> None:
-    """grad *= coef in place, where the coef is below 1."""
-    values = gradients.values
-    all_alike = on_host_Q.min() == on_host_Q.max()
+def scale(
+    values: Sequence[torch.Tensor], coefs_Q: torch.Tensor, on_host_Q: Float32s | None
+) -> None:
+    """value *= coef in place; with the coefs on the host only where they are not 1."""
+    host = None if on_host_Q is None else on_host_Q.tolist()
+    changed = range(len(values)) if host is None else [i for i, c in enumerate(host) if c != 1.0]
+    zeroed = [] if host is None else [values[i] for i in changed if host[i] == 0.0]
+    all_alike = host is not None and len(set(host)) == 1
     for device in {value.device for value in values}:
-        coefs = coefs_Q.to(device)
         chosen = [
-            i for i, value in enumerate(values) if value.device == device and on_host_Q[i] < 1.0
+            i for i in changed if values[i].device == device and (host is None or host[i] != 0.0)
         ]
+        if not chosen:
+            continue
+        coefs = coefs_Q.to(device)
+        members = [values[i] for i in chosen]
         if all_alike:
-            torch._foreach_mul_([values[i] for i in chosen], coefs[0])
-        elif chosen:
+            torch._foreach_mul_(members, coefs[0])
+        else:
             # 0-d tensors, not floats: a list of floats takes four times as long.
             factors = coefs.unbind()
-            torch._foreach_mul_([values[i] for i in chosen], [factors[i] for i in chosen])
+            torch._foreach_mul_(members, [factors[i] for i in chosen])
+    if zeroed:
+        torch._foreach_zero_(zeroed)  # 0 times NaN would be NaN
+
+
+def clamp(values: Sequence[torch.Tensor], bounds: Sequence[torch.Tensor]) -> None:
+    """Brings every element into [-bound, bound], in place; NaN stays NaN.
+
+    Complex elements keep their phase.
+    """
+    for value, bound in zip(values, bounds, strict=True):
+        if value.is_complex():
+            value.mul_(torch.clamp(bound / value.abs(), max=1.0).nan_to_num_(nan=1.0))
+        else:
+            limit = bound.to(value.device, value.dtype)
+            torch.clamp(value, -limit, limit, out=value)
+
+
+def zero_above(values: Sequence[torch.Tensor], bounds: Sequence[torch.Tensor]) -> None:
+    """Makes every element beyond its bound 0, in place, and every NaN."""
+    for value, bound in zip(values, bounds, strict=True):
+        value.masked_fill_(~(value.abs() <= bound.to(value.device)), 0.0)
 
 
 def drop(parameters: Sequence[torch.nn.Parameter]) -> None:

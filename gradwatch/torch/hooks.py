@@ -58,10 +58,19 @@ def refuse_watched(optimizer: torch.optim.Optimizer) -> None:
 
 
 class StepHooks:
-    """Runs `before` once per outermost `step` of one optimizer, after its closure if it has one."""
+    """Runs `before` once per outermost `step` of one optimizer, after its closure if it has one.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, before: Callable[[], None]) -> None:
+    `after` runs behind the step, unless that raised.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        before: Callable[[], None],
+        after: Callable[[], None],
+    ) -> None:
         self._before = before
+        self._after = after
         self._depth = 0
         self._handles: list[_Removable] = [
             optimizer.register_step_pre_hook(self._enter),
@@ -102,6 +111,8 @@ class StepHooks:
 
     def _leave(self, *_: Any) -> None:
         self._depth = max(0, self._depth - 1)
+        if self._depth == 0:
+            self._after()
 
 
 def _step_is_running(optimizer: torch.optim.Optimizer) -> bool:
@@ -120,10 +131,14 @@ class BackwardCounter:
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         self.count = 0
-        watched = next((p for p in parameters if p.requires_grad), None)
+        self._parameters = list(parameters)
         self._handle: _Removable | None = None
-        if watched is not None:
-            self._handle = watched.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+        self._watch(next((p for p in self._parameters if p.requires_grad), None))
+
+    def _watch(self, parameter: torch.nn.Parameter | None) -> None:
+        self.remove()
+        if parameter is not None:
+            self._handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 self._bump
             )
 
@@ -131,10 +146,19 @@ class BackwardCounter:
         self.count += 1
 
     def take(self) -> int:
-        """The passes since the last call, at least 1: the parameter may have had no part."""
+        """The passes since the last call, at least 1.
+
+        Where the parameter had no part in them, another one that had is counted from now on: the
+        first may have been frozen.
+        """
         count, self.count = self.count, 0
+        if count == 0:
+            has_part = (p for p in self._parameters if p.requires_grad and p.grad is not None)
+            if (other := next(has_part, None)) is not None:
+                self._watch(other)
         return max(1, count)
 
     def remove(self) -> None:
         if self._handle is not None:
             self._handle.remove()
+            self._handle = None

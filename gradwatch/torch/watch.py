@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import torch
 
@@ -13,9 +14,13 @@ from gradwatch.records import Layout, RunInfo
 from gradwatch.torch.backend import TorchBackend
 from gradwatch.torch.hooks import BackwardCounter, StepHooks, innermost, refuse_watched
 from gradwatch.torch.layers import watched_parameters
+from gradwatch.torch.plan import plan_for
+from gradwatch.torch.scaling import ScalerFollower
 from gradwatch.watch import Watch
 
 __all__ = ["TorchWatch"]
+
+logger = logging.getLogger("gradwatch")
 
 
 class TorchWatch(Watch):
@@ -32,6 +37,7 @@ class TorchWatch(Watch):
         version: str,
         started: float,
         pid: int,
+        scaler: Any = None,
     ) -> None:
         """
         Raises:
@@ -57,20 +63,33 @@ class TorchWatch(Watch):
             started=started,
             pid=pid,
         )
-        super().__init__(info, policy, TorchBackend(tensors), recording)
+        self._scaler = None if scaler is None else ScalerFollower(scaler)
+        self.plan = plan_for(policy, layout, self._optimizer, tensors)
+        self._backend = TorchBackend(tensors, self._optimizer, self.plan)
+        super().__init__(info, policy, self._backend, recording)
+        if self.plan.reason:
+            logger.warning("gradwatch %s", self.plan)
         self._counter = BackwardCounter(tensors)
         self._hooks: StepHooks | None = None
         if self._optimizer is not None:
-            self._hooks = StepHooks(self._optimizer, self.process)
+            self._hooks = StepHooks(self._optimizer, self.process, self._backend.disarm)
 
     @torch.no_grad()
     def process(self) -> None:
         super().process()
 
     def _context(self) -> StepContext:
+        loss_scale, dropped = math.nan, 0
+        passes = self._counter.take()
+        if self._scaler is not None:
+            loss_scale, dropped = self._scaler.step()
+            dropped = min(dropped, passes - 1)  # the scaler of several optimizers backs off for any
         return StepContext(
-            micro_batches=self._counter.take(),
+            micro_batches=passes - dropped,
+            weight=float(passes - dropped),
             learning_rate=_learning_rate(self._optimizer),
+            loss_scale=loss_scale,
+            overflows=dropped,
         )
 
     def _number(self, value: SupportsFloat) -> float:
@@ -81,6 +100,7 @@ class TorchWatch(Watch):
 
     def _detach(self) -> None:
         self._counter.remove()
+        self._backend.disarm()
         if self._hooks is not None:
             self._hooks.remove()
 

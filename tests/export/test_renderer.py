@@ -106,7 +106,7 @@ def test_before_the_first_step_unknown_values_are_absent_and_counters_are_0(info
     reasons = {
         dict(labels)["reason"] for name, labels in found if name == "gradwatch_skipped_steps_total"
     }
-    assert reasons == {"nonfinite", "global"}
+    assert reasons == {"nonfinite", "overflow", "global"}
 
 
 def test_numbers_that_are_not_finite_are_spelled_as_prometheus_does(busy_tally, step_of):

@@ -25,7 +25,7 @@ def test_every_field_of_a_row_comes_back(info, row):
     ring = Ring(info, None)
     coefs, present = np.array([1, 0.5, 1], np.float32), np.array([True, True, False])
     given_row = row(
-        7, skipped=3, loss_scale=1024.0, tensor_coefs_P=coefs, present_P=present, fired=0b11
+        7, skipped=4, loss_scale=1024.0, tensor_coefs_P=coefs, present_P=present, fired=0b11
     )
     ring.append(given_row, {"loss": 0.75, "größe": -math.inf})
     ring.close()

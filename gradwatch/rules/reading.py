@@ -1,0 +1,77 @@
+"""One decided step as the host reads it, and as one vector on its way there.
+
+Decision, norms_Q  ->  pack: one vector on the device  ->  unpack: Reading
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gradwatch.records import Float32s
+from gradwatch.rules.arrays import Arrays, Vector
+from gradwatch.rules.clipping import Decision
+
+__all__ = ["Reading", "overflowed", "pack", "unpack"]
+
+PLAIN = 4
+"""Numbers that come first: both total norms, the loss scale, whether a scaler drops the step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What the host knows of one step. Q of the P watched parameters have a gradient."""
+
+    total_norm: float
+    total_norm_clipped: float
+    over: tuple[bool, ...]
+    """[K] which rules were over their limit."""
+
+    norms_Q: Float32s
+    kept_Q: Float32s
+    """The norm of each tensor after the chain over its norm before."""
+
+    loss_scale: float = math.nan
+    """What the gradients were still multiplied by; NaN where they were not."""
+
+    overflow: bool = False
+    """Whether a loss scaler drops the step."""
+
+
+def overflowed(num_rules: int) -> Reading:
+    """A step that a loss scaler dropped before anybody saw its gradients."""
+    return Reading(
+        total_norm=math.inf,
+        total_norm_clipped=math.inf,
+        over=(False,) * num_rules,
+        norms_Q=np.empty(0, dtype=np.float32),
+        kept_Q=np.empty(0, dtype=np.float32),
+        overflow=True,
+    )
+
+
+def pack(decision: Decision, norms_Q: Vector, scale: Any, found_inf: Any, xp: Arrays) -> Vector:
+    """All of a reading as one vector, without reading the device; None for what there is not."""
+    plain = [decision.total_norm, decision.total_norm_clipped]
+    plain += [xp.full_like(plain[0], math.nan) if scale is None else scale]
+    plain += [xp.full_like(plain[0], 0.0) if found_inf is None else found_inf]
+    return xp.concat([*plain, *decision.over, norms_Q, decision.kept_P])
+
+
+def unpack(vector: Any, num_rules: int) -> Reading:
+    """The reading that was packed into a vector, which is on the host now."""
+    total_norm, total_norm_clipped, scale, found_inf = (float(x) for x in vector[:PLAIN])
+    tensors = np.asarray(vector[PLAIN + num_rules :], dtype=np.float32)
+    count = len(tensors) // 2
+    return Reading(
+        total_norm=total_norm,
+        total_norm_clipped=total_norm_clipped,
+        over=tuple(bool(x) for x in vector[PLAIN : PLAIN + num_rules]),
+        norms_Q=tensors[:count],
+        kept_Q=tensors[count:],
+        loss_scale=scale,
+        overflow=found_inf != 0,
+    )
