@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self, SupportsFloat
+from typing import Self, SupportsFloat, TypeVar
 
+from gradwatch.accumulation import MicroBatch, Window, micro_batches
 from gradwatch.engine import Backend, Engine, StepContext
-from gradwatch.errors import TrainingStopped
+from gradwatch.errors import PolicyError, TrainingStopped
 from gradwatch.pipeline import Pipeline
 from gradwatch.policy import Policy
 from gradwatch.records import Anomaly, RunInfo, StepRecord
@@ -23,6 +24,7 @@ __all__ = ["Watch"]
 
 logger = logging.getLogger("gradwatch")
 
+Batch = TypeVar("Batch")
 RECENT = 100
 """Steps that `repr` looks back at."""
 
@@ -46,6 +48,13 @@ class Watch:
         self._engine = Engine(info, policy, backend, self.pipeline.recorder, self.pipeline.report)
         self.pipeline.before_close = weakref.WeakMethod(self._engine.catch_up)
         self._unloggable: set[str] = set()
+        self._accumulate = policy.accumulate
+        self.window = Window(policy.accumulate)
+        """The micro-batches of the step that is due."""
+
+        self._marked = False
+        """Whether the loop tells its micro-batches apart by `micro_batches`."""
+
         # Also runs at interpreter exit, so that a loop that never closes loses nothing.
         self._finalizer = weakref.finalize(self, _close_at_exit, self.pipeline)
 
@@ -136,14 +145,59 @@ class Watch:
         """
         was_enforcing = self._engine.enforcing
         try:
-            context = self._context()
-            self.pipeline.recorder.defer(self._engine.num_steps, context.overflows)
-            self._engine.step(context)
+            self._engine.step(self._guarded_context())
         except TrainingStopped:
             self.pipeline.tally.set_state("stopped")
             raise
         if was_enforcing != self._engine.enforcing:
             self.pipeline.tally.set_enforcing(self._engine.enforcing)
+
+    def _guarded_context(self) -> StepContext:
+        try:
+            context = self._context()
+            self.pipeline.recorder.defer(self._engine.num_steps, context.overflows)
+        except Exception:
+            self.pipeline.report("measure")
+            return StepContext()
+        return context
+
+    # Accumulation
+
+    def micro_batches(self, loader: Iterable[Batch]) -> Iterator[MicroBatch[Batch]]:
+        """The batches of a loader, as micro-batches of the policy's `accumulate`.
+
+            for micro in watch.micro_batches(loader):
+                with micro:
+                    loss = criterion(model(micro.batch.x), micro.batch.y)
+                    micro.scale(loss).backward()
+                if micro.last:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        Looks one batch ahead, so that `micro.last` is known before the forward pass. A last,
+        shorter window is handled as the policy's `partial` says; the gradient is exact.
+
+        Raises:
+            PolicyError: `drive: loop` says that the loop itself divides.
+        """
+        accumulate = self._accumulate
+        if accumulate is not None and accumulate.drive == "loop":
+            raise PolicyError(
+                "watch.micro_batches divides the loss, and accumulate.drive: loop says that the "
+                "loop does. Use drive: hook, or a plain loop"
+            )
+        self._marked = True
+        partial = "step" if accumulate is None else accumulate.partial
+        self.window.step = self._engine.num_steps
+        return micro_batches(loader, self.window, partial=partial, discard=self._discard)
+
+    def end_window(self) -> None:
+        """Ends the window of an unchanged loop early, e.g. at the end of an epoch.
+
+        Before `step()` of the last micro-batch that step is taken, over what arrived. After it
+        the step is taken here. Where nothing was accumulated nothing happens.
+        """
+        self._end_window()
 
     # The end
 
@@ -192,6 +246,12 @@ class Watch:
         return f"Watch({', '.join(parts)}, {kinds or 'no anomaly'})"
 
     # What a framework fills in
+
+    def _discard(self) -> None:
+        """Drops the gradients of a window that was not finished."""
+
+    def _end_window(self) -> None:
+        """Closes the window with the gradients that are due, or takes its step now."""
 
     def _context(self) -> StepContext:
         """What the loop knows about the step that is due."""

@@ -22,6 +22,7 @@ RANKS = {
     "consumer": 5,
     "pipeline": 5,
     "engine": 5,
+    "accumulation": 5,
     "watch": 5,
     "torch": 6,
     "export": 6,

@@ -126,8 +126,12 @@ class Policy(Section):
 
     @property
     def decides(self) -> bool:
-        """Whether any rule or guard could change what the optimizer sees."""
-        return self.guard.nonfinite != "none" or any(rule.then != "warn" for rule in self.clip)
+        """Whether anything in it could change what the optimizer sees."""
+        return (
+            self.accumulate is not None
+            or self.guard.nonfinite != "none"
+            or any(rule.then != "warn" for rule in self.clip)
+        )
 
     @property
     def enforcing(self) -> bool:

@@ -59,13 +59,15 @@ def _leave_out(refusal: Refusal, schema: Schema) -> None:
     elif refusal.model:
         forms = entry.pop("oneOf")
         entry["anyOf"] = [form for form in forms if form.get("$ref") != REF + refusal.model]
+    elif refusal.pattern:
+        entry["pattern"] = refusal.pattern
     else:
         entry["enum"] = list(refusal.working)
-        entry.pop("pattern", None)
 
 
 def _resolved(node: Schema, schema: Schema) -> Schema:
-    reference = node.get("$ref") or node.get("allOf", [{}])[0].get("$ref")
+    forms = node.get("allOf") or node.get("anyOf") or [{}]
+    reference = node.get("$ref") or forms[0].get("$ref")
     if reference is None:
         return node
     resolved: Schema = schema["$defs"][reference.removeprefix(REF)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from gradwatch.policy.accumulate import Accumulate
 from gradwatch.policy.clip import ClipRule
 from gradwatch.policy.forms import Schedule
 from gradwatch.policy.models import Depth, Guard, Policy
@@ -21,10 +22,12 @@ UNITS = {
     "group": "each parameter group as one vector",
     "layer": "each layer as one vector",
     "tensor": "each tensor by itself",
+    "element": "each element by itself",
 }
 
 ACTIONS = {
     "scale": "it is scaled down to that",
+    "zero": "it is made 0",
     "skip": "the step is skipped",
     "stop": "the run is stopped before the update",
     "warn": "a warning is logged",
@@ -32,8 +35,26 @@ ACTIONS = {
 
 NONFINITE = {
     "skip": "A step with NaN or inf in a gradient is skipped.",
+    "zero": "A tensor with NaN or inf in its gradient is made 0.",
     "stop": "NaN or inf in a gradient stops the run before the update.",
     "none": "NaN and inf are let through to the optimizer.",
+}
+
+WEIGH = {
+    "mean": "their mean",
+    "sum": "their sum",
+    "weight": "their mean by the weight that is given with each loss",
+}
+
+DRIVE = {
+    "hook": "gradwatch makes the windows; the loop must not divide the loss.",
+    "loop": "the loop makes the windows and divides the loss; gradwatch only counts.",
+}
+
+PARTIAL = {
+    "step": "a step of its own, exact for what arrived",
+    "drop": "dropped",
+    "carry": "the beginning of the next one",
 }
 
 
@@ -45,6 +66,7 @@ def sentences(policy: Policy) -> list[str]:
     return [
         MODES[policy.effective_mode],
         _layers(policy),
+        *([] if policy.accumulate is None else _accumulate(policy.accumulate)),
         *_guard(policy.guard),
         *(f"clip {rule.name}: {_rule(rule)}" for rule in policy.clip),
         _detectors(policy),
@@ -61,6 +83,18 @@ def _layers(policy: Policy) -> str:
     return f"Each {unit}."
 
 
+def _accumulate(accumulate: Accumulate) -> Iterator[str]:
+    steps = accumulate.steps
+    count = (
+        ", then ".join(f"{value:g} from step {step}" for step, value in steps.points)
+        if isinstance(steps, Schedule)
+        else str(steps)
+    )
+    yield f"accumulate: {count} micro-batches make one step, {WEIGH[accumulate.weigh]}."
+    yield f"accumulate: {DRIVE[accumulate.drive]}"
+    yield f"accumulate: a shorter last window is {PARTIAL[accumulate.partial]}."
+
+
 def _guard(guard: Guard) -> Iterator[str]:
     yield f"guard: {NONFINITE[guard.nonfinite]}"
     if guard.patience is not None:
@@ -73,9 +107,15 @@ def _guard(guard: Guard) -> Iterator[str]:
 
 def _rule(rule: ClipRule) -> str:
     return (
-        f"on {_selection(rule)}, {UNITS[rule.per]}, where the {rule.measure.upper()} norm exceeds "
+        f"on {_selection(rule)}, {UNITS[rule.per]}, where {_measure(rule)} exceeds "
         f"{_limit(rule)}, {ACTIONS[rule.then]}."
     )
+
+
+def _measure(rule: ClipRule) -> str:
+    if rule.per == "element":
+        return "its absolute value"
+    return "the root mean square" if rule.measure == "rms" else f"the {rule.measure.upper()} norm"
 
 
 def _selection(rule: ClipRule) -> str:

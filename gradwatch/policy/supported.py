@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gradwatch.policy.clip import is_measure
 from gradwatch.policy.locating import Path, at, one_of, shown
 from gradwatch.policy.statistic import is_statistic
 
@@ -40,6 +39,9 @@ class Refusal:
     working: tuple[str, ...] = ()
     """The words that the entry may hold; empty where it does not hold a word."""
 
+    pattern: str = ""
+    """What the schema says of a word that is no member of a list."""
+
     model: str = ""
     """The form that is refused, as the schema calls it; empty where it is not a form."""
 
@@ -66,18 +68,26 @@ def _detector(kind: str) -> Refusal:
 
 REFUSED = (
     Refusal(
-        "accumulate",
-        "Leave it out: the loop's own windows are counted",
-        what="accumulation by policy is",
+        "accumulate.steps",
+        "Use a number or a schedule",
+        what="a target of samples is",
+        when=lambda value: isinstance(value, dict) and "target" in value,
+        model="SampleTarget",
     ),
-    _words("guard.nonfinite", lambda value: value == "zero", ("skip", "stop", "none")),
+    Refusal("accumulate.sync", "Leave it out", what="the choice of when to reduce is"),
     Refusal("clip[].use", "Write the keys out", what="presets are", stands_for=("limit",)),
     _words(
         "clip[].per",
-        lambda value: value in ("unit", "element"),
-        ("all", "group", "layer", "tensor"),
+        lambda value: value == "unit",
+        ("all", "group", "layer", "tensor", "element"),
     ),
-    _words("clip[].measure", lambda value: is_measure(value) and value != "l2", ("l2",)),
+    Refusal(
+        "clip[].measure",
+        "Use l1, l2, linf, l<p> or rms",
+        when=lambda value: value in ("weight", "update", "loss"),
+        working=("l1", "l2", "linf", "l<p>", "rms"),
+        pattern=r"^(linf|l[0-9]+(\.[0-9]+)?|rms)$",
+    ),
     Refusal(
         "clip[].limit",
         "Use a number or a schedule",
@@ -85,8 +95,6 @@ REFUSED = (
         when=is_statistic,
         model="StatisticLimit",
     ),
-    _words("clip[].then", lambda value: value == "zero", ("scale", "skip", "stop", "warn")),
-    _detector("overflow"),
     _detector("loss_spike"),
     _detector("diverging"),
     _detector("collapsed"),

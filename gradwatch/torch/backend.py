@@ -34,9 +34,9 @@ class TorchBackend:
         readback: Readback | None = None,
     ) -> None:
         self.reads_host = plan.reads_host
-        self._parameters = list(parameters)
+        self.parameters = list(parameters)
         self._device = CPU if plan.reads_host else parameters[0].device
-        self._switches = None if optimizer is None else FusedSwitches(optimizer)
+        self.switches = None if optimizer is None else FusedSwitches(optimizer)
         self._fused = plan.fused
         self._one_scale = plan.one_scale
         self._readback = readback
@@ -45,11 +45,11 @@ class TorchBackend:
         self.xp: Arrays = TorchArrays(self._device)
 
     def gather(self, factor: float = 1.0) -> Gradients:
-        values, present = gather(self._parameters)
-        if self._switches is None:
+        values, present = gather(self.parameters)
+        if self.switches is None:
             return Gradients(values, present, factor)
-        self._switches.disarm()  # the post hook does not run when a step raises
-        loss_scale, found_inf = self._switches.loss_scale, self._switches.found_inf
+        self.switches.disarm()  # the post hook does not run when a step raises
+        loss_scale, found_inf = self.switches.loss_scale, self.switches.found_inf
         return Gradients(values, present, factor, loss_scale, found_inf)
 
     def measure(self, gradients: Gradients, norm_type: float) -> torch.Tensor:
@@ -109,8 +109,8 @@ class TorchBackend:
 
     def scale(self, gradients: Gradients, coefs_Q: torch.Tensor, on_host_Q: Float32s) -> None:
         all_alike = on_host_Q.size > 0 and on_host_Q.min() == on_host_Q.max() > 0
-        if self._fused and all_alike and self._switches is not None:
-            self._switches.arm(divisor=self._divisor(coefs_Q, gradients.factor))
+        if self._fused and all_alike and self.switches is not None:
+            self.switches.arm(divisor=self._divisor(coefs_Q, gradients.factor))
         elif gradients.factor == 1.0:
             scale(gradients.values, coefs_Q, on_host_Q)
         else:
@@ -118,16 +118,16 @@ class TorchBackend:
             scale(gradients.values, coefs_Q, self.host(coefs_Q))
 
     def drop(self, gradients: Gradients) -> None:
-        switches = self._switches
+        switches = self.switches
         if self._fused and switches is not None and switches.drops_cleanly():
             switches.arm(skip=torch.ones((), device=gradients.values[0].device))
         else:
-            drop(self._parameters)
+            drop(self.parameters)
 
     def apply(self, gradients: Gradients, coefs_Q: torch.Tensor, skip: torch.Tensor | None) -> None:
         if not gradients.values:
             return
-        if not self._fused or self._switches is None:
+        if not self._fused or self.switches is None:
             scale(gradients.values, coefs_Q * gradients.factor, None)
             return
         divisor = None
@@ -135,12 +135,12 @@ class TorchBackend:
             divisor = self._divisor(coefs_Q, gradients.factor)
         else:
             scale(gradients.values, coefs_Q * gradients.factor, None)
-        self._switches.arm(divisor=divisor, skip=skip)
+        self.switches.arm(divisor=divisor, skip=skip)
 
     def disarm(self) -> None:
         """Behind the step: the optimizer's attributes as they were."""
-        if self._switches is not None:
-            self._switches.disarm()
+        if self.switches is not None:
+            self.switches.disarm()
 
     def send(self, packed: torch.Tensor, what: Any) -> None:
         assert self._readback is not None
@@ -150,5 +150,5 @@ class TorchBackend:
         return () if self._readback is None else self._readback.arrived(wait=wait)
 
     def _divisor(self, coefs_Q: torch.Tensor, factor: float) -> torch.Tensor:
-        device = self._parameters[0].device
+        device = self.parameters[0].device
         return (1.0 / (coefs_Q[0] * factor)).to(device, torch.float32)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any, SupportsFloat
 
 import torch
 
+from gradwatch.accumulation import Closed
 from gradwatch.engine import StepContext
+from gradwatch.errors import PolicyError, TrainingStopped
 from gradwatch.policy import Policy, check_against
 from gradwatch.records import Layout, RunInfo
+from gradwatch.torch.accumulate import UnchangedLoop
 from gradwatch.torch.backend import TorchBackend
+from gradwatch.torch.gradients import drop
 from gradwatch.torch.hooks import BackwardCounter, StepHooks, innermost, refuse_watched
 from gradwatch.torch.layers import watched_parameters
 from gradwatch.torch.plan import plan_for
@@ -70,27 +75,103 @@ class TorchWatch(Watch):
         if self.plan.reason:
             logger.warning("gradwatch %s", self.plan)
         self._counter = BackwardCounter(tensors)
+        self._passes, self._overflows, self._loss_scale = 1, 0, math.nan
         self._hooks: StepHooks | None = None
         if self._optimizer is not None:
             self._hooks = StepHooks(self._optimizer, self.process, self._backend.disarm)
 
+        self._unchanged: UnchangedLoop | None = None
+        if _accumulates_for_the_loop(policy) and self._optimizer is not None:
+            self._unchanged = UnchangedLoop(tensors, self.window)
+        self._on_error = policy.guard.on_error
+
     @torch.no_grad()
     def process(self) -> None:
-        super().process()
+        if self._is_due():
+            super().process()
+
+    def _is_due(self) -> bool:
+        """Whether this call of `step()` ends a window; the gradients are put by where not.
+
+        Raises:
+            PolicyError: the loop accumulates by itself, which the policy denies.
+            TrainingStopped: a micro-batch was lost, and the policy says stop.
+        """
+        passes = self._counter.take()
+        self._loss_scale, dropped = self._scaled()
+        self._overflows = min(dropped, passes - 1)
+        self._passes = passes // (self._overflows + 1)
+        if self._unchanged is None or self._marked:
+            return True
+        switches = self._backend.switches
+        scaled = (None, None) if switches is None else (switches.loss_scale, switches.found_inf)
+        self.window.step = self._engine.num_steps
+        self._overflows = 0  # what was dropped was a micro-batch
+        try:
+            return self._unchanged.is_due(self._passes, *scaled)
+        except PolicyError:
+            raise
+        except Exception as error:
+            self._lost(error)
+            return True
+
+    def _lost(self, error: Exception) -> None:
+        """Accumulation broke, and with it at least one micro-batch is gone."""
+        self.pipeline.report("apply")
+        self._unchanged = None
+        step = self._engine.num_steps
+        if self._on_error == "stop":
+            raise TrainingStopped(
+                f"stopped before the update of step {step}: gradwatch failed to accumulate "
+                f"({type(error).__name__}: {error}), guard.on_error is stop",
+                step=step,
+                reason="on_error",
+            ) from error
+        logger.critical(
+            "gradwatch failed to accumulate (%s: %s): each call of step() is a step from now on "
+            "(guard.on_error is observe)", type(error).__name__, error,
+        )  # fmt: skip
+
+    def _scaled(self) -> tuple[float, int]:
+        """The loss scale, and the steps that its scaler has dropped since the last one."""
+        try:
+            return (math.nan, 0) if self._scaler is None else self._scaler.step()
+        except Exception:
+            self.pipeline.report("measure")
+            return math.nan, 0
 
     def _context(self) -> StepContext:
-        loss_scale, dropped = math.nan, 0
-        passes = self._counter.take()
-        if self._scaler is not None:
-            loss_scale, dropped = self._scaler.step()
-            dropped = min(dropped, passes - 1)  # the scaler of several optimizers backs off for any
+        closed = self._closed_window()
+        self.window.step = self._engine.num_steps + self._overflows + 1
         return StepContext(
-            micro_batches=passes - dropped,
-            weight=float(passes - dropped),
+            micro_batches=closed.micro_batches,
+            weight=closed.weight,
+            factor=closed.factor if self._engine.enforcing else 1.0,
             learning_rate=_learning_rate(self._optimizer),
-            loss_scale=loss_scale,
-            overflows=dropped,
+            loss_scale=self._loss_scale,
+            overflows=self._overflows,
         )
+
+    def _closed_window(self) -> Closed:
+        if self.window.count:
+            return self.window.close(divided=self._marked)
+        if self._accumulate is None or self._accumulate.drive == "hook":
+            return Closed(self._passes, float(self._passes), 1.0)
+        self.window.step = self._engine.num_steps
+        for _ in range(self._passes):
+            self.window.add()
+        planned = self.window.num_steps
+        closed = self.window.close()
+        # More passes than planned are several losses, not several micro-batches.
+        return closed if self._passes <= planned else replace(closed, factor=1.0)
+
+    def _discard(self) -> None:
+        drop(self._backend.parameters)
+
+    def _end_window(self) -> None:
+        if self._unchanged is not None and not self._marked and self._unchanged.end():
+            assert self._optimizer is not None
+            self._optimizer.step()
 
     def _number(self, value: SupportsFloat) -> float:
         return float(value.detach() if isinstance(value, torch.Tensor) else value)
@@ -101,8 +182,26 @@ class TorchWatch(Watch):
     def _detach(self) -> None:
         self._counter.remove()
         self._backend.disarm()
+        if self._unchanged is not None:
+            self._unchanged.abandon()
         if self._hooks is not None:
             self._hooks.remove()
+
+
+def _accumulates_for_the_loop(policy: Policy) -> bool:
+    """
+    Raises:
+        PolicyError: the weights that it asks for cannot be known.
+    """
+    accumulate = policy.accumulate
+    if accumulate is None:
+        return False
+    if accumulate.drive == "loop" and accumulate.weigh == "weight":
+        raise PolicyError(
+            f"{policy.source}: accumulate.weigh: weight needs the weight of each loss, which "
+            "drive: loop does not see. Use watch.micro_batches with drive: hook"
+        )
+    return accumulate.drive == "hook" and policy.mode == "enforce"
 
 
 def _learning_rate(optimizer: torch.optim.Optimizer | None) -> float:

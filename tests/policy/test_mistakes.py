@@ -31,11 +31,11 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file():
     text = "clip:\n  - {limit: 0, per: row}\n  - {name: a}\nmode: on\nversion: 1\nlimit: 1\n"
     assert complaints(text) == [
         "policy.yaml:2:6: clip[0].limit must be > 0. Received: 0",
-        "policy.yaml:2:16: clip[0].per must be all, group, layer or tensor. Received: row",
+        "policy.yaml:2:16: clip[0].per must be all, group, layer, tensor or element. Received: row",
         "policy.yaml:3:5: clip[1].limit is required",
         "policy.yaml:4:1: mode must be enforce or shadow. Received: on",
         "policy.yaml:6:1: limit is not a key of the format. "
-        "Known keys: clip, detect, guard, layers, mode, version",
+        "Known keys: accumulate, clip, detect, guard, layers, mode, version",
     ]
 
 
@@ -90,9 +90,9 @@ RULES = {
     "groups: -1": "3:5: clip[0].groups must be >= 0. Received: -1",
     "ndim: '<two'": "3:5: clip[0].ndim must compare with a number of dimensions, "
     "such as <2, >=2 or 2. Received: <two",
-    "per: tensors": "3:5: clip[0].per must be all, group, layer or tensor. Received: tensors",
-    "measure: l0": "3:5: clip[0].measure must be l2. Received: l0",
-    "then: explode": "3:5: clip[0].then must be scale, skip, stop or warn. Received: explode",
+    "per: tensors": "3:5: clip[0].per must be all, group, layer, tensor or element. Received: tensors",
+    "measure: l0": "3:5: clip[0].measure must be l1, l2, linf, l<p> or rms. Received: l0",
+    "then: explode": "3:5: clip[0].then must be scale, skip, zero, stop or warn. Received: explode",
     "eps: -1": "3:5: clip[0].eps must be >= 0. Received: -1",
     "floor: 1": "3:5: clip[0].floor must be left out unless measure is weight. Received: 1",
     "name: 5": "3:5: clip[0].name must be text. Received: 5",
@@ -126,7 +126,7 @@ SECTIONS = {
     "version: 2": "1:1: version must be 1, the only version of the format. Received: 2",
     "version: 1\nguards: {}": "2:1: guards is not a key of the format. Did you mean 'guard'?",
     "version: 1\n5: 1": "2:1: [5] is not a key of the format. "
-    "Known keys: clip, detect, guard, layers, mode, version",
+    "Known keys: accumulate, clip, detect, guard, layers, mode, version",
     "version: 1\n? [a]\n: 1": "2:3: the policy: a key must be a word or a whole number",
     "version: 1\n~: 1": "2:1: the policy: a key must be a word or a whole number. Received: null",
     "mode: shadow": "1:1: version is required",
@@ -137,7 +137,7 @@ SECTIONS = {
     "version: 1\nlayers: {}": "2:1: layers.depth is required",
     "version: 1\nguard:": "2:1: guard must not be null. Give it a value or leave the key out",
     "version: 1\nguard: skip": "2:1: guard must be a mapping of keys. Received: skip",
-    "version: 1\nguard: {nonfinite: no}": "2:9: guard.nonfinite must be skip, stop or none. "
+    "version: 1\nguard: {nonfinite: no}": "2:9: guard.nonfinite must be skip, zero, stop or none. "
     "Received: no",
     "version: 1\nguard: {patience: 0}": "2:9: guard.patience must be >= 1. Received: 0",
     "version: 1\nguard: {patience: 1.5}": "2:9: guard.patience must be a whole number. "

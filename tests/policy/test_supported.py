@@ -27,15 +27,9 @@ RULES = {
     "{use: agc}": "5: clip[0].use: presets are not supported by this version yet. "
     "Write the keys out",
     "{per: unit, limit: 1}": "5: clip[0].per: unit is not supported by this version yet. "
-    "Use all, group, layer or tensor",
-    "{per: element, limit: 1}": "5: clip[0].per: element is not supported by this version yet. "
-    "Use all, group, layer or tensor",
+    "Use all, group, layer, tensor or element",
     "{measure: weight, limit: 1, floor: 1e-3}": "5: clip[0].measure: weight is not supported "
-    "by this version yet. Use l2",
-    "{measure: l3.5, limit: 1}": "5: clip[0].measure: l3.5 is not supported by this version yet. "
-    "Use l2",
-    "{then: zero, limit: 1}": "5: clip[0].then: zero is not supported by this version yet. "
-    "Use scale, skip, stop or warn",
+    "by this version yet. Use l1, l2, linf, l<p> or rms",
 }
 
 
@@ -46,12 +40,12 @@ def test_a_rule_is_refused_by_the_key_that_does_not_work_yet(rule):
     )]  # fmt: skip
 
 
-def test_accumulation_and_zeroing_are_refused_by_name():
-    assert complaints("version: 1\naccumulate: {steps: 0}\nguard: {nonfinite: zero}") == [
-        "policy.yaml:2:1: accumulate: accumulation by policy is not supported by this version "
-        "yet. Leave it out: the loop's own windows are counted",
-        "policy.yaml:3:9: guard.nonfinite: zero is not supported by this version yet. "
-        "Use skip, stop or none",
+def test_what_accumulation_does_not_do_yet_is_refused_by_name():
+    assert complaints("version: 1\naccumulate: {steps: {target: 64}, sync: every}") == [
+        "policy.yaml:2:14: accumulate.steps: a target of samples is not supported by this version "
+        "yet. Use a number or a schedule",
+        "policy.yaml:2:35: accumulate.sync: the choice of when to reduce is not supported by this "
+        "version yet. Leave it out",
     ]
 
 
@@ -69,7 +63,7 @@ def test_what_is_refused_does_not_hide_other_mistakes():
     assert complaints("version: 1\nclip: [{limit: {z: -1}, per: x}, {use: agc, nme: a}]") == [
         "policy.yaml:2:9: clip[0].limit: statistic limits are not supported by this version yet. "
         "Use a number or a schedule",
-        "policy.yaml:2:25: clip[0].per must be all, group, layer or tensor. Received: x",
+        "policy.yaml:2:25: clip[0].per must be all, group, layer, tensor or element. Received: x",
         "policy.yaml:2:35: clip[1].use: presets are not supported by this version yet. "
         "Write the keys out",
         "policy.yaml:2:45: clip[1].nme is not a key of the format. Did you mean 'name'?",
@@ -77,11 +71,12 @@ def test_what_is_refused_does_not_hide_other_mistakes():
 
 
 def test_what_works_is_not_refused():
-    for per in ("all", "group", "layer", "tensor"):
-        for then in ("scale", "skip", "stop", "warn"):
-            rule = {"per": per, "then": then, "measure": "l2", "limit": 1}
-            assert load_policy({"version": 1, "clip": [rule]}).clip[0].per == per
-    for nonfinite in ("skip", "stop", "none"):
+    for per in ("all", "group", "layer", "tensor", "element"):
+        for then in ("scale", "skip", "zero", "stop", "warn"):
+            for measure in ("l1", "l2", "linf", "l3.5", "rms"):
+                rule = {"per": per, "then": then, "measure": measure, "limit": 1}
+                assert load_policy({"version": 1, "clip": [rule]}).clip[0].per == per
+    for nonfinite in ("skip", "zero", "stop", "none"):
         policy = load_policy({"version": 1, "guard": {"nonfinite": nonfinite}})
         assert policy.guard.nonfinite == nonfinite
 
