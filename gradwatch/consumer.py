@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,13 +20,15 @@ from gradwatch.recording.ring import Ring
 from gradwatch.recording.store import Store
 from gradwatch.records import Anomaly, StepRecord
 from gradwatch.rules.detection import Detection
+from gradwatch.saying import say
 from gradwatch.tally import Tally
 
 __all__ = ["Consumer", "Reporter"]
 
-logger = logging.getLogger("gradwatch")
-
 WAKE_SECONDS = 0.1
+OPEN_SECONDS = 1.0
+"""After which a record is looked at that the next step has not closed."""
+
 KEPT = 256
 """Finished records that stay at hand for `watch.history`."""
 
@@ -45,7 +48,8 @@ class Reporter:
         if kind in self._logged:
             return
         self._logged.add(kind)
-        logger.error(
+        say(
+            logging.ERROR,
             "gradwatch failed to do its %s (%s: %s); training goes on, and further failures of "
             "this kind are counted in gradwatch_hook_errors_total only",
             component, type(error).__name__, error, exc_info=error,
@@ -77,6 +81,13 @@ class Consumer:
         self._wakeup = threading.Event()
         self._stopping = False
         self._final_state = "finished"
+        self.ended = False
+        """Whether everything was handled and the recording closed."""
+
+        self._early: StepRecord | None = None
+        """The open record, handled before its time."""
+
+        self._open_since = (-1, 0.0)
         self._idle = threading.Condition()
         self._rounds = 0
         self._thread = threading.Thread(target=self._run, name="gradwatch-consumer", daemon=True)
@@ -89,8 +100,10 @@ class Consumer:
 
     def flush(self, timeout: float) -> bool:
         """Waits until every closed record was handled; False where that took too long."""
+        if threading.current_thread() is self._thread:
+            return True  # a callback cannot wait for itself
         if not self._thread.is_alive():
-            return False
+            return self.ended
         with self._idle:
             target = self._rounds + 2
             return self._idle.wait_for(self._reached(target), timeout)
@@ -138,20 +151,48 @@ class Consumer:
         if self._store is not None:
             self._store.note_state(self._final_state)
             self._store.close()
+        self.ended = True
 
     def _round(self) -> None:
-        records = [self._diagnosed(record) for record in self._ring.take()]
+        early, records = self._early, self._ring.take()
+        if early is not None and records and _same(records[0], early):
+            records[0] = replace(records[0], anomalies=early.anomalies)
+            self._guarded("export", self._tally.amend, records[0])
+            self._early, new = None, [self._handled(record) for record in records[1:]]
+            records[1:] = new
+        else:
+            records = new = [self._handled(record) for record in records]
         self._finished.extend(records)
-        for record in records:
-            self._guarded("export", self._tally.add, record)
-        self._guarded("export", self._tally.set_active, self._detection.active())
         if records:
             self._guarded("recording", self._stored, records)
+        elif (overdue := self._overdue()) is not None:
+            self._early = self._handled(overdue)
+            self._finished.append(self._early)
+            new = [self._early]
+        self._guarded("export", self._tally.set_active, self._detection.active())
         dropped = self._ring.dropped + self.unstored
         self._guarded("export", self._tally.set_records_dropped, dropped)
-        for record in records:
+        for record in new:
             for anomaly in record.anomalies:
                 self._announce(anomaly)
+
+    def _overdue(self) -> StepRecord | None:
+        """The open record, once, where the next step is long in coming: it may be bad news."""
+        step = self._ring.open_step()
+        now = time.monotonic()
+        if step is None or self._early is not None:
+            return None
+        if self._open_since[0] != step:
+            self._open_since = (step, now)
+        if now - self._open_since[1] < OPEN_SECONDS:
+            return None
+        newest = self._ring.peek(1)
+        return newest[0] if newest and newest[0].step == step else None
+
+    def _handled(self, record: StepRecord) -> StepRecord:
+        record = self._diagnosed(record)
+        self._guarded("export", self._tally.add, record)
+        return record
 
     def _diagnosed(self, record: StepRecord) -> StepRecord:
         try:
@@ -172,13 +213,17 @@ class Consumer:
         self._tally.set_recording_bytes(self._store.bytes)
 
     def _announce(self, anomaly: Anomaly) -> None:
-        log = logger.info if anomaly.level == "event" else logger.warning
-        log("step %d: %s", anomaly.step, anomaly.message)
+        level = logging.INFO if anomaly.level == "event" else logging.WARNING
+        say(level, "step %d: %s", anomaly.step, anomaly.message)
         for callback in self.callbacks:
             self._guarded("callback", callback, anomaly)
 
     def _guarded(self, component: str, call: Callable[..., object], *args: object) -> None:
         try:
             call(*args)
-        except Exception:
+        except BaseException:  # sys.exit in a callback is not the end of this thread
             self._report(component)
+
+
+def _same(record: StepRecord, other: StepRecord) -> bool:
+    return (record.step, record.time) == (other.step, other.time)

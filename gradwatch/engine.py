@@ -25,16 +25,15 @@ from gradwatch.errors import TrainingStopped
 from gradwatch.policy import Policy
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Row
-from gradwatch.records import Bools, Float32s, RunInfo
+from gradwatch.records import Bools, Float32s, Layout, RunInfo
 from gradwatch.rules.arrays import Arrays, Vector
 from gradwatch.rules.chain import Chain
 from gradwatch.rules.clipping import Decision, Norms, Rule, decide
 from gradwatch.rules.guard import OVERFLOW, SkipHistory, Verdict, judge
-from gradwatch.rules.reading import Reading, overflowed, pack, unpack
+from gradwatch.rules.reading import Reading, overflowed, pack, unapplied, unpack
+from gradwatch.saying import say
 
 __all__ = ["Backend", "Engine", "StepContext"]
-
-logger = logging.getLogger("gradwatch")
 
 TOLERATED_FAILURES = 3
 """Failures of our own in a row after which `guard.on_error` applies."""
@@ -147,6 +146,7 @@ class Engine:
         """Steps that were due so far."""
 
         self.enforcing = policy.enforcing
+        self._policy = policy
         self._guard = policy.guard
         self._backend = backend
         self._recorder = recorder
@@ -160,6 +160,12 @@ class Engine:
         self._failures_in_a_row = 0
         self._warning: set[str] = set()
         self._last_time = math.nan
+
+    def extend(self, backend: Backend, layout: Layout) -> None:
+        """Goes on with more parameters, behind the ones of before; records keep their shape."""
+        self.catch_up(wait=True)
+        self._backend = backend
+        self._chain = Chain(self._policy, layout, backend.xp)
 
     @property
     def skipped(self) -> str | None:
@@ -196,6 +202,8 @@ class Engine:
             self._failures_in_a_row = 0
         except Exception:
             self._failed(doing, step)
+            if reading is not None:
+                reading, verdict = unapplied(reading), Verdict()
         step.overhead_seconds = time.perf_counter() - step.started
         if reading is not None:
             self._end(step, reading, verdict)
@@ -219,14 +227,13 @@ class Engine:
                 self._stopping = stopped
 
     def _due(self, context: StepContext) -> _Step:
-        absent = bytes(self._num_parameters)
         step = _Step(
             number=self.num_steps,
             started=time.perf_counter(),
             time=time.time(),
             context=context,
             limits=self._chain.limits(self.num_steps),
-            present=absent,
+            present=bytes(self._num_parameters),
             rules=(),
         )
         self.num_steps += 1
@@ -298,7 +305,8 @@ class Engine:
         """One line when a `then: warn` rule goes over its limit, not one for each step."""
         for rule, limit, is_over in zip(step.rules, step.limits, reading.over, strict=False):
             if rule.then == "warn" and is_over and rule.name not in self._warning:
-                logger.warning(
+                say(
+                    logging.WARNING,
                     "step %d: rule %s is over its limit %g (total norm %.4g)",
                     step.number, rule.name, limit, reading.total_norm,
                 )  # fmt: skip
@@ -349,12 +357,12 @@ class Engine:
         self, step: _Step, reading: Reading, clips: bool
     ) -> tuple[Float32s, Float32s | None, Bools | None]:
         """Norms, coefs and presence [P]; None stands for coefs that are all 1, and for all."""
-        coefs_Q = reading.kept_Q if clips else None
-        if len(reading.norms_Q) == self._num_parameters:
+        coefs_Q, count = reading.kept_Q if clips else None, self._num_parameters
+        if len(reading.norms_Q) == len(step.present) == count:
             return reading.norms_Q, coefs_Q, None
         present_P = np.frombuffer(step.present, dtype=np.bool_)
-        coefs_P = None if coefs_Q is None else _spread(coefs_Q, present_P, 1.0)
-        return _spread(reading.norms_Q, present_P, 0.0), coefs_P, present_P
+        coefs_P = None if coefs_Q is None else _spread(coefs_Q, present_P, 1.0)[:count]
+        return _spread(reading.norms_Q, present_P, 0.0)[:count], coefs_P, present_P[:count]
 
     def _failed(self, component: str, step: _Step) -> None:
         """Counts a failure to decide or to apply, and does what `guard.on_error` says."""
@@ -366,7 +374,8 @@ class Engine:
             message = f"gradwatch failed {self._failures_in_a_row} times in a row to {component}"
             raise _stopped(step.number, f"{message}, guard.on_error is stop", "on_error")
         self.enforcing = False
-        logger.critical(
+        say(
+            logging.CRITICAL,
             "gradwatch failed %d times in a row to %s: the policy is no longer enforced "
             "(guard.on_error is observe)", self._failures_in_a_row, component,
         )  # fmt: skip

@@ -5,7 +5,6 @@ Recorder -> Ring -> Consumer -> Detection, Tally, Store
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,6 @@ from gradwatch.rules.detection import KINDS, Detection, detection_config
 from gradwatch.tally import Tally
 
 __all__ = ["Pipeline"]
-
-logger = logging.getLogger("gradwatch")
 
 FLUSH_SECONDS = 10.0
 
@@ -39,6 +36,10 @@ class Pipeline:
         self.tally = Tally(info, kinds=KINDS)
         self.tally.set_enforcing(policy.enforcing)
         self.report = Reporter(self.tally)
+        self.stopped = False
+        """Whether the policy has ended the run."""
+
+        self._pid = os.getpid()
         self.path: Path | None = None
         self.closers: list[Callable[[], None]] = []
         """Run at the end of `close`, after the last record was handled."""
@@ -62,14 +63,25 @@ class Pipeline:
         if directory is None:
             return Ring(self.info, None), None
         try:
-            path = new_recording_path(directory, self.info.run, self.info.rank, self.info.started)
-            ring = Ring(self.info, path.with_suffix(".ring"))
-            store = Store(path, self.info)
+            store = self._new_store(directory)
         except Exception:
             self.report("recording")
             return Ring(self.info, None), None
-        self.path = path
-        return ring, store
+        self.path = store.path
+        try:
+            return Ring(self.info, store.path.with_suffix(".ring")), store
+        except Exception:
+            self.report("recording")
+            return Ring(self.info, None), store
+
+    def _new_store(self, directory: str | os.PathLike[str]) -> Store:
+        info = self.info
+        while True:
+            path = new_recording_path(directory, info.run, info.rank, info.started)
+            try:
+                return Store(path, info)
+            except FileExistsError:  # another process was quicker
+                continue
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
         """Closes the newest record and waits until all are handled; False if that took too long."""
@@ -77,10 +89,14 @@ class Pipeline:
         return self.consumer.flush(timeout)
 
     def close(self, state: str) -> None:
-        """Handles what is left and ends everything; a second call does nothing."""
-        if self._closed:
+        """Handles what is left and ends everything.
+
+        A second call does nothing, nor does one in a forked child: all of this is its parent's.
+        """
+        if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
+        state = "stopped" if self.stopped else state
         if hand_over := self.before_close():
             try:
                 hand_over(wait=True)
@@ -93,5 +109,5 @@ class Pipeline:
                 closer()
             except Exception:
                 self.report("export")
-        if self.consumer.unstored == 0:
+        if self.consumer.ended and self.consumer.unstored == 0 and self.ring.all_taken:
             self.ring.release()  # all of it is in the store

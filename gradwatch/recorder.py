@@ -5,10 +5,13 @@ engine -> Recorder -> ring -> Consumer (its own thread)
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Mapping
 
 from gradwatch.recording.ring import Ring, Row
 from gradwatch.records import StepRecord
+from gradwatch.saying import say
 
 __all__ = ["Recorder"]
 
@@ -26,6 +29,8 @@ class Recorder:
         """By step, of steps without a row yet."""
 
         self._logged_before_step: set[str] = set()
+        self._pid = os.getpid()
+        self._told_late = False
 
     def log(self, scalars: Mapping[str, float], *, num_steps: int, backward_seen: bool) -> None:
         """Scalars of the step that is due, or of the one just done.
@@ -45,8 +50,10 @@ class Recorder:
             step = num_steps if is_due else num_steps - 1
             if step > self._newest:
                 self._pending.setdefault(step, {})[name] = value
-            else:
-                self.ring.log(name, value)
+            elif self._is_ours() and not self.ring.log(name, value) and not self._told_late:
+                self._told_late = True
+                say(logging.WARNING, "watch.log: %s came when the record of its step was closed "
+                    "by flush(); log before it", name)  # fmt: skip
 
     def defer(self, step: int, by: int) -> None:
         """What was logged for a step is that of a later one: some before it were never seen."""
@@ -57,6 +64,8 @@ class Recorder:
         """One step; closes the record before it."""
         for step in [step for step in self._pending if step < row.step]:
             del self._pending[step]
+        if not self._is_ours():
+            return
         self.ring.append(row, self._pending.pop(row.step, {}))
         self._newest = row.step
         self._rows += 1
@@ -65,7 +74,12 @@ class Recorder:
 
     def close_record(self) -> None:
         """Closes the newest record, so that the consumer may have it."""
-        self.ring.close()
+        if self._is_ours():
+            self.ring.close()
+
+    def _is_ours(self) -> bool:
+        """A forked child shares the memory of the ring, and must not write to it."""
+        return os.getpid() == self._pid
 
     def newest(self, count: int) -> list[StepRecord]:
         """The newest records, oldest first; the open one is the last."""

@@ -133,6 +133,9 @@ class RunInfo:
     rules: tuple[str, ...] = ()
     """Names of the clip rules, in the order of the policy."""
 
+    multiplying: tuple[str, ...] = ()
+    """Those of them that change a gradient, by scaling or zeroing."""
+
     mode: str = "observe"
     """`enforce`, `shadow` or `observe` (no policy)."""
 

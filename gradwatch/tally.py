@@ -122,6 +122,12 @@ class Tally:
             self._note_events(record)
             self._latest = record
 
+    def amend(self, record: StepRecord) -> None:
+        """A record that was counted already, with what was logged since."""
+        with self._lock:
+            self._remember(record)
+            self._latest = record
+
     def hook_error(self, component: str) -> None:
         """Counts an error of gradwatch itself, in one of `COMPONENTS`."""
         with self._lock:
@@ -193,7 +199,8 @@ class Tally:
         numbers["micro_batches_total"] += record.micro_batches
         numbers["overhead_seconds_total"] += record.overhead_seconds
         for rule in record.fired if record.clipped else ():
-            _increment(self._labelled["clipped_steps_total"], rule)
+            if rule in self.info.multiplying:
+                _increment(self._labelled["clipped_steps_total"], rule)
         if record.skipped is not None:
             _increment(self._labelled["skipped_steps_total"], record.skipped)
 
@@ -281,7 +288,7 @@ _COUNTED = (
 def _labelled(info: RunInfo, kinds: Sequence[str]) -> dict[str, dict[Labels, float]]:
     """Every label set that is known beforehand: increase() misses what is born above 0."""
     return {
-        "clipped_steps_total": {(rule,): 0 for rule in info.rules},
+        "clipped_steps_total": {(rule,): 0 for rule in info.multiplying},
         "skipped_steps_total": {(reason,): 0 for reason in info.reasons},
         "events_total": {(kind, level): 0 for kind in kinds for level in get_args(Level)},
         "last_event_timestamp_seconds": {(kind,): 0 for kind in kinds},

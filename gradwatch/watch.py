@@ -19,10 +19,9 @@ from gradwatch.errors import PolicyError, TrainingStopped
 from gradwatch.pipeline import Pipeline
 from gradwatch.policy import Policy
 from gradwatch.records import Anomaly, RunInfo, StepRecord
+from gradwatch.saying import say
 
 __all__ = ["Watch"]
-
-logger = logging.getLogger("gradwatch")
 
 Batch = TypeVar("Batch")
 RECENT = 100
@@ -123,7 +122,8 @@ class Watch:
         if name in self._unloggable:
             return
         self._unloggable.add(name)
-        logger.warning(
+        say(
+            logging.WARNING,
             "watch.log: %s must be one number. Received: a %s (%s); it is left out",
             name, type(value).__name__, error,
         )  # fmt: skip
@@ -147,6 +147,7 @@ class Watch:
         try:
             self._engine.step(self._guarded_context())
         except TrainingStopped:
+            self.pipeline.stopped = True
             self.pipeline.tally.set_state("stopped")
             raise
         if was_enforcing != self._engine.enforcing:
@@ -205,7 +206,7 @@ class Watch:
         """Waits until every step so far is diagnosed, counted and on disk (10 s at most)."""
         self._engine.catch_up(wait=True)
         if not self.pipeline.flush():
-            logger.warning("flush: gradwatch's thread did not catch up within 10 seconds")
+            say(logging.WARNING, "flush: gradwatch's thread did not catch up within 10 seconds")
 
     def close(self) -> None:
         """Detaches from the loop and ends the recording; a second call does nothing."""

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "gradwatch"
 
 RANKS = {
     "errors": 0,
+    "saying": 0,
     "records": 1,
     "policy": 2,
     "rules": 3,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from gradwatch.rules.detection import KINDS
 from gradwatch.tally import Tally
 
 LAYOUT = Layout.of([Parameter(name="a.weight"), Parameter(name="b.weight")])
-INFO = RunInfo(run="r", layout=LAYOUT, rules=("global", "embedding"), mode="enforce")
+INFO = RunInfo(
+    run="r", layout=LAYOUT, rules=("global", "embedding"), multiplying=("global", "embedding")
+)
 
 
 def step(number: int, total: float = 1.0, **fields: object) -> StepRecord:
@@ -51,6 +54,13 @@ def test_a_clipped_step_counts_for_each_rule_that_fired_and_a_mere_warning_does_
     )
     totals = tally_of(*records).snapshot().labelled["clipped_steps_total"]
     assert totals == {("global",): 2, ("embedding",): 1}
+
+
+def test_a_rule_that_only_warns_never_clips():
+    info = replace(INFO, multiplying=("global",))
+    tally = Tally(info, kinds=KINDS)
+    tally.add(step(0, clipped=True, fired=("global", "embedding")))
+    assert tally.snapshot().labelled["clipped_steps_total"] == {("global",): 1}
 
 
 def test_a_skipped_step_counts_by_its_reason():

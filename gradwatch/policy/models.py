@@ -33,6 +33,9 @@ from gradwatch.records import Grouping
 
 __all__ = ["OBSERVE", "Depth", "Guard", "Policy"]
 
+MOST_RULES = 63
+"""What fits into the bits of one integer of a recording."""
+
 Mode = Literal["enforce", "shadow", "observe"]
 
 
@@ -180,6 +183,8 @@ class Policy(Section):
     @field_validator("clip", mode="after")
     @classmethod
     def _with_unique_names(cls, rules: tuple[ClipRule, ...]) -> tuple[ClipRule, ...]:
+        if len(rules) > MOST_RULES:
+            refuse(f"must hold at most {MOST_RULES} rules (here {len(rules)})")
         names = Counter(rule.name for rule in rules if "name" in rule.model_fields_set)
         if names and (most := names.most_common(1)[0])[1] > 1:
             refuse(f"must have unique names, {most[0]!r} is used {most[1]} times")

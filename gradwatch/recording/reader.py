@@ -67,7 +67,6 @@ class Recording:
         self._connection = _connected(path)
         try:
             self.info = self._checked()
-            self._tail = self._newer_in_ring()
         except sqlite3.Error as error:
             self.close()
             raise RecordingError(f"{path}: cannot be read ({error})") from error
@@ -90,7 +89,8 @@ class Recording:
         return str(row[0]) if row else "running"
 
     def __len__(self) -> int:
-        return int(self._read("SELECT count(*) FROM steps").fetchone()[0]) + len(self._tail)
+        tail = self._only_in_ring()
+        return int(self._read("SELECT count(*) FROM steps").fetchone()[0]) + len(tail)
 
     def __iter__(self) -> Iterator[StepRecord]:
         return self.records()
@@ -99,14 +99,17 @@ class Recording:
         """The records of steps `start` to `stop` (not included), in the order they were made."""
         low, high = -(2**62) if start is None else start, 2**62 if stop is None else stop
         anomalies = self._anomalies_by_step()
+        # The ring first: what the consumer moves meanwhile is then seen in both, not in neither.
+        tail = {_key(record): record for record in self._in_ring() if low <= record.step < high}
         query = f"{_STEPS} WHERE step >= ? AND step < ? ORDER BY id"
         for row in self._read(query, low, high):
+            tail.pop(row[:2], None)
             yield record_from(row, self.info, anomalies.get(row[0], ()))
-        yield from (record for record in self._tail if low <= record.step < high)
+        yield from tail.values()
 
     def last(self, count: int) -> list[StepRecord]:
         """The newest records, oldest first."""
-        tail = self._tail[-count:] if count > 0 else []
+        tail = self._only_in_ring()[-count:] if count > 0 else []
         anomalies = self._anomalies_by_step()
         rows = self._read(f"{_STEPS} ORDER BY id DESC LIMIT ?", max(0, count - len(tail)))
         stored = [record_from(row, self.info, anomalies.get(row[0], ())) for row in rows]
@@ -125,8 +128,9 @@ class Recording:
         """
         if name not in SERIES:
             raise KeyError(f"no series {name!r}. Expected one of {', '.join(SERIES)}")
+        tail = self._only_in_ring()
         rows = self._read(f"SELECT step, {name} FROM steps ORDER BY id").fetchall()
-        rows += [(record.step, getattr(record, name)) for record in self._tail]
+        rows += [(record.step, getattr(record, name)) for record in tail]
         steps = np.array([step for step, _ in rows], dtype=np.int64)
         return steps, np.array([float(value) for _, value in rows], dtype=np.float64)
 
@@ -209,18 +213,26 @@ class Recording:
         except RecordingError:
             return None
 
-    def _newer_in_ring(self) -> list[StepRecord]:
-        # The ring first: what the consumer moves meanwhile is then seen in both, not in neither.
-        in_ring = self._newest_ring() or []
-        # A step can come again after a resume; a moment cannot.
-        newest = self._connection.execute("SELECT max(time) FROM steps").fetchone()[0]
-        return [record for record in in_ring if newest is None or record.time > newest]
+    def _in_ring(self) -> list[StepRecord]:
+        return self._newest_ring() or []
+
+    def _only_in_ring(self) -> list[StepRecord]:
+        """What the consumer has not moved into SQLite, or could not."""
+        in_ring = self._in_ring()
+        first = min((record.step for record in in_ring), default=0)
+        stored = set(self._read("SELECT step, time FROM steps WHERE step >= ?", first))
+        return [record for record in in_ring if _key(record) not in stored]
 
     def _anomalies_by_step(self) -> dict[int, tuple[Anomaly, ...]]:
         found: dict[int, tuple[Anomaly, ...]] = {}
         for anomaly in self.anomalies():
             found[anomaly.step] = (*found.get(anomaly.step, ()), anomaly)
         return found
+
+
+def _key(record: StepRecord) -> tuple[int, float]:
+    """A step can come again after a resume, and a clock can be set back; both at once cannot."""
+    return record.step, record.time
 
 
 def _connected(path: Path) -> sqlite3.Connection:

@@ -25,10 +25,9 @@ import numpy.typing as npt
 from gradwatch.errors import RecordingError
 from gradwatch.recording.runinfo import info_from_json, info_to_json
 from gradwatch.records import RunInfo, StepRecord
+from gradwatch.saying import say
 
 __all__ = ["Ring", "Row", "read_ring"]
-
-logger = logging.getLogger("gradwatch")
 
 MAGIC = b"gradwatch-ring-1"
 SLOTS = 256
@@ -211,10 +210,23 @@ class Ring:
         self._begun = number
         self._memory.counters[0] = number
 
-    def log(self, name: str, value: float) -> None:
-        """Adds a scalar to the newest record. Called by the producer."""
-        if self._begun > self._closed:
-            self._set_scalar((self._begun - 1) % self.slots, name, value)
+    def log(self, name: str, value: float) -> bool:
+        """Adds a scalar to the newest record, unless that is closed. Called by the producer."""
+        if self._begun == self._closed:
+            return False
+        self._set_scalar((self._begun - 1) % self.slots, name, value)
+        return True
+
+    def open_step(self) -> int | None:
+        """The step of the newest record where it is not closed."""
+        begun = self._begun
+        if begun == self._closed:
+            return None
+        return int(self._memory.rows[(begun - 1) % self.slots]["step"])
+
+    @property
+    def all_taken(self) -> bool:
+        return self._taken == self._begun
 
     def close(self) -> None:
         """Closes the newest record, so that it can be taken. Called by the producer."""
@@ -264,7 +276,8 @@ class Ring:
             return index
         if name not in self._refused and len(self._refused) < NAMES:
             self._refused.add(name)
-            logger.warning(
+            say(
+                logging.WARNING,
                 "watch.log: %.80r is left out. A run has %d names of 1 to %d bytes at most",
                 name, NAMES, NAME_BYTES,
             )  # fmt: skip
@@ -303,9 +316,12 @@ def _new_mapping(path: Path, size: int) -> mmap.mmap:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         # Allocated, not sparse: a store to a page that the disk has no room for would kill.
-        os.posix_fallocate(descriptor, 0, size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.write(descriptor, bytes(size))
         return mmap.mmap(descriptor, size)
-    except OSError:
+    except BaseException:
         path.unlink(missing_ok=True)
         raise
     finally:

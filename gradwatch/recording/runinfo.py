@@ -23,10 +23,11 @@ def info_from_json(text: str | bytes) -> RunInfo:
     """
     try:
         data: dict[str, Any] = json.loads(text)
-        known = {field.name for field in fields(RunInfo)} - {"layout", "rules"}
+        known = {field.name for field in fields(RunInfo)} - {"layout", "rules", "multiplying"}
         return RunInfo(
             layout=_layout(data["layout"]),
             rules=tuple(str(rule) for rule in data["rules"]),
+            multiplying=tuple(str(rule) for rule in data["multiplying"]),
             **{name: value for name, value in data.items() if name in known},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

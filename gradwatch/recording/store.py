@@ -40,7 +40,8 @@ class Store:
     def __init__(self, path: Path, info: RunInfo, max_bytes: int = MAX_BYTES) -> None:
         """
         Raises:
-            RecordingError: the file cannot be made, or exists.
+            RecordingError: the file cannot be made.
+            FileExistsError: it exists.
         """
         self.path = path
         self._rules = info.rules
@@ -50,6 +51,8 @@ class Store:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644))
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._prepare(info)
+        except FileExistsError:
+            raise
         except (OSError, sqlite3.Error) as error:
             raise RecordingError(f"{path}: a recording cannot be made here ({error})") from error
 

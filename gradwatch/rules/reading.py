@@ -6,7 +6,7 @@ Decision, norms_Q  ->  pack: one vector on the device  ->  unpack: Reading
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from gradwatch.records import Float32s
 from gradwatch.rules.arrays import Arrays, Vector
 from gradwatch.rules.clipping import Decision
 
-__all__ = ["Reading", "overflowed", "pack", "unpack"]
+__all__ = ["Reading", "overflowed", "pack", "unapplied", "unpack"]
 
 PLAIN = 4
 """Numbers that come first: both total norms, the loss scale, whether a scaler drops the step."""
@@ -50,6 +50,13 @@ def overflowed(num_rules: int) -> Reading:
         norms_Q=np.empty(0, dtype=np.float32),
         kept_Q=np.empty(0, dtype=np.float32),
         overflow=True,
+    )
+
+
+def unapplied(reading: Reading) -> Reading:
+    """The same step where nothing came of the decision."""
+    return replace(
+        reading, total_norm_clipped=reading.total_norm, kept_Q=np.ones_like(reading.kept_Q)
     )
 
 

@@ -12,12 +12,11 @@ import torch
 
 from gradwatch.accumulation import Window
 from gradwatch.errors import PolicyError
+from gradwatch.saying import say
 from gradwatch.torch.gradients import drop
 from gradwatch.torch.stash import Stash
 
 __all__ = ["UnchangedLoop"]
-
-logger = logging.getLogger("gradwatch")
 
 
 class UnchangedLoop:
@@ -29,6 +28,11 @@ class UnchangedLoop:
         self._stash = Stash(parameters)
         self._ending = False
         self._has_stepped = False
+
+    def extend(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """More parameters behind the ones of before."""
+        self._parameters = list(parameters)
+        self._stash.extend(parameters)
 
     def is_due(
         self, passes: int, loss_scale: torch.Tensor | None, found_inf: torch.Tensor | None
@@ -69,7 +73,8 @@ class UnchangedLoop:
     def abandon(self) -> None:
         """Drops what belongs to a window that will not be finished."""
         if self._stash:
-            logger.warning(
+            say(
+                logging.WARNING,
                 "%d micro-batches of an unfinished window were dropped: call watch.end_window() "
                 "behind the last one to step over them", self._window.count,
             )  # fmt: skip
@@ -83,4 +88,4 @@ class UnchangedLoop:
         )
         if not self._has_stepped:
             raise PolicyError(said)
-        logger.warning("%s. The passes count as one micro-batch", said)
+        say(logging.WARNING, "%s. The passes count as one micro-batch", said)

@@ -26,7 +26,7 @@ class TorchArrays:
     ) -> torch.Tensor:
         out = x.new_zeros(num_segments)
         if norm_type == math.inf:
-            return out.index_reduce_(0, segment_of, x, "amax")
+            return out.scatter_reduce_(0, segment_of, x, "amax")
         return out.index_add_(0, segment_of, x.pow(norm_type)).pow_(1 / norm_type)
 
     def indices(self, index: Any) -> torch.Tensor:

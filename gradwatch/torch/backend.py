@@ -45,12 +45,10 @@ class TorchBackend:
         self.xp: Arrays = TorchArrays(self._device)
 
     def gather(self, factor: float = 1.0) -> Gradients:
-        values, present = gather(self.parameters)
         if self.switches is None:
-            return Gradients(values, present, factor)
+            return gather(self.parameters, factor)
         self.switches.disarm()  # the post hook does not run when a step raises
-        loss_scale, found_inf = self.switches.loss_scale, self.switches.found_inf
-        return Gradients(values, present, factor, loss_scale, found_inf)
+        return gather(self.parameters, factor, self.switches.loss_scale, self.switches.found_inf)
 
     def measure(self, gradients: Gradients, norm_type: float) -> torch.Tensor:
         """[Q] norms; where the host is read float64 where float32 would over- or underflow."""
@@ -91,7 +89,9 @@ class TorchBackend:
         everything = rule.positions is None
         chosen = range(len(gradients.values)) if rule.positions is None else rule.positions
         values = [gradients.values[i] for i in chosen]
-        if not apply:
+        if apply:
+            gradients.about_to_change()
+        else:
             values = [value.clone() for value in values]
         bounds = (bounds_S.expand(len(values)) / gradients.unit).unbind()
         (clamp if rule.then == "scale" else zero_above)(values, bounds)
@@ -108,6 +108,7 @@ class TorchBackend:
         return host
 
     def scale(self, gradients: Gradients, coefs_Q: torch.Tensor, on_host_Q: Float32s) -> None:
+        gradients.about_to_change()
         all_alike = on_host_Q.size > 0 and on_host_Q.min() == on_host_Q.max() > 0
         if self._fused and all_alike and self.switches is not None:
             self.switches.arm(divisor=self._divisor(coefs_Q, gradients.factor))
@@ -127,6 +128,7 @@ class TorchBackend:
     def apply(self, gradients: Gradients, coefs_Q: torch.Tensor, skip: torch.Tensor | None) -> None:
         if not gradients.values:
             return
+        gradients.about_to_change()
         if not self._fused or self.switches is None:
             scale(gradients.values, coefs_Q * gradients.factor, None)
             return

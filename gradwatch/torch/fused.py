@@ -8,6 +8,7 @@ is put back behind it.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ def fits(optimizer: torch.optim.Optimizer | None) -> bool:
 
 def _works(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
     """Whether twice the gradient at a scale of 2 is the same step, and whether one is dropped."""
-    defaults = {**optimizer.defaults, "lr": 0.5, "fused": True, "weight_decay": 0.0}
+    known = inspect.signature(type(optimizer)).parameters
+    defaults = {name: value for name, value in optimizer.defaults.items() if name in known}
+    defaults |= {"lr": 0.5, "fused": True, "weight_decay": 0.0}
     try:
         plain, divided, dropped = (_stepped(optimizer, defaults, device, n) for n in range(3))
     except Exception:

@@ -22,6 +22,9 @@ class Gradients:
     values: list[torch.Tensor]
     """[Q] in parameter order. Of a sparse gradient its coalesced values: scaling them scales it."""
 
+    coalesced: list[tuple[torch.nn.Parameter, torch.Tensor]]
+    """Sparse gradients whose values are those of a copy, to be put in place if they are changed."""
+
     present: bytes
     """[P] 1 where the parameter has a gradient; hashable, so that plans can be kept by it."""
 
@@ -39,25 +42,32 @@ class Gradients:
         """What a value is multiplied by for what the optimizer is due to see."""
         return self.factor if self.loss_scale is None else self.factor / self.loss_scale
 
+    def about_to_change(self) -> None:
+        """Puts coalesced gradients in place. Before that training is what it was: an optimizer
+        sums repeated rows in an order of its own."""
+        for parameter, grad in self.coalesced:
+            parameter.grad = grad
 
-def gather(parameters: Sequence[torch.nn.Parameter]) -> tuple[list[torch.Tensor], bytes]:
-    """Collects `.grad`: values [Q] and presence [P].
 
-    A sparse gradient is coalesced in place, so that it is paid for once.
-    """
+def gather(
+    parameters: Sequence[torch.nn.Parameter],
+    factor: float = 1.0,
+    loss_scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
+) -> Gradients:
+    """Collects `.grad`."""
     grads = [parameter.grad for parameter in parameters]
-    values = [grad for grad in grads if grad is not None]
     present = bytes([grad is not None for grad in grads])
-    for i, value in enumerate(values):
-        if value.layout != torch.strided:
-            values[i] = _coalesced(parameters, value)
-    return values, present
-
-
-def _coalesced(parameters: Sequence[torch.nn.Parameter], grad: torch.Tensor) -> torch.Tensor:
-    owner = next(parameter for parameter in parameters if parameter.grad is grad)
-    owner.grad = grad.coalesce()
-    return owner.grad._values()
+    values = [grad for grad in grads if grad is not None]
+    coalesced = []
+    if any(value.layout != torch.strided for value in values):
+        owners = [parameter for parameter in parameters if parameter.grad is not None]
+        for i, (owner, value) in enumerate(zip(owners, values, strict=True)):
+            if value.layout != torch.strided:
+                whole = value.coalesce()
+                coalesced.append((owner, whole))
+                values[i] = whole._values()
+    return Gradients(values, coalesced, present, factor, loss_scale, found_inf)
 
 
 def scale(
@@ -75,7 +85,7 @@ def scale(
         if not chosen:
             continue
         coefs = coefs_Q.to(device)
-        members = [values[i] for i in chosen]
+        members = [_writable(values[i]) for i in chosen]
         if all_alike:
             torch._foreach_mul_(members, coefs[0])
         else:
@@ -84,6 +94,14 @@ def scale(
             torch._foreach_mul_(members, [factors[i] for i in chosen])
     if zeroed:
         torch._foreach_zero_(zeroed)  # 0 times NaN would be NaN
+
+
+def _writable(value: torch.Tensor) -> torch.Tensor:
+    """The same memory without a conjugation or negation that is only noted down: a real factor is
+    the same for both, and foreach kernels refuse them."""
+    if value.is_conj():
+        value = value.conj()
+    return torch._neg_view(value) if value.is_neg() else value
 
 
 def clamp(values: Sequence[torch.Tensor], bounds: Sequence[torch.Tensor]) -> None:

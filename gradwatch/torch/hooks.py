@@ -6,6 +6,8 @@ copied, so both stay as picklable and copyable as they were.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -15,6 +17,10 @@ import torch
 from gradwatch.errors import AttachError
 
 __all__ = ["BackwardCounter", "StepHooks", "innermost", "refuse_watched"]
+
+
+MOST_COUNTED = 8
+"""Parameters with a hook on their backward, at most."""
 
 
 class _Removable(Protocol):
@@ -35,12 +41,6 @@ def innermost(optimizer: Any) -> torch.optim.Optimizer:
                 f"expected a torch.optim.Optimizer. Received: {type(optimizer).__name__}. "
                 "Pass the torch optimizer that takes the step."
             )
-    if isinstance(inner, torch.optim.LBFGS):
-        raise AttachError(
-            "LBFGS evaluates its closure several times within one step, so there is no one "
-            "gradient per step to clip or record. Attach to another optimizer, or call "
-            "gradwatch.attach(model) without it and watch.process() where you own the gradient."
-        )
     return inner  # type: ignore[no-any-return]
 
 
@@ -71,6 +71,8 @@ class StepHooks:
     ) -> None:
         self._before = before
         self._after = after
+        # It goes on evaluating along its line search; the first gradient is that of the step.
+        self._first_evaluation_only = isinstance(optimizer, torch.optim.LBFGS)
         self._depth = 0
         self._handles: list[_Removable] = [
             optimizer.register_step_pre_hook(self._enter),
@@ -101,10 +103,14 @@ class StepHooks:
 
     def _after_closure(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure runs forward and backward inside `step`: only after it is there a gradient."""
+        evaluated = False
 
         def evaluate_then_watch() -> Any:
+            nonlocal evaluated
             loss = closure()
-            self._before()
+            if not (evaluated and self._first_evaluation_only):
+                self._before()
+            evaluated = True
             return loss
 
         return evaluate_then_watch
@@ -127,38 +133,46 @@ def _step_is_running(optimizer: torch.optim.Optimizer) -> bool:
 
 
 class BackwardCounter:
-    """Counts the backward passes that reach one parameter: the micro-batches of a window."""
+    """Counts backward passes, the micro-batches of a window, on a few of the parameters.
+
+    Not each one has a part in every pass: it may be frozen, or belong to a branch not taken.
+    """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        self.count = 0
         self._parameters = list(parameters)
-        self._handle: _Removable | None = None
-        self._watch(next((p for p in self._parameters if p.requires_grad), None))
+        self._counts: dict[int, int] = {}
+        self._handles: list[_Removable] = []
+        able = [parameter for parameter in self._parameters if parameter.requires_grad]
+        self._watch(able[i] for i in {0, len(able) // 2, len(able) - 1} if able)
 
-    def _watch(self, parameter: torch.nn.Parameter | None) -> None:
-        self.remove()
-        if parameter is not None:
-            self._handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                self._bump
+    @property
+    def count(self) -> int:
+        """The passes since the last `take`."""
+        return max(self._counts.values(), default=0)
+
+    def _watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        for i, parameter in enumerate(parameters, start=len(self._handles)):
+            bump = functools.partial(self._bump, i)
+            self._handles.append(
+                parameter.register_post_accumulate_grad_hook(bump)  # type: ignore[no-untyped-call]
             )
 
-    def _bump(self, _: torch.Tensor) -> None:
-        self.count += 1
+    def _bump(self, index: int, _: torch.Tensor) -> None:
+        self._counts[index] = self._counts.get(index, 0) + 1
 
     def take(self) -> int:
         """The passes since the last call, at least 1.
 
-        Where the parameter had no part in them, another one that had is counted from now on: the
-        first may have been frozen.
+        Where none of the parameters had a part in them, one that had is counted from now on.
         """
-        count, self.count = self.count, 0
-        if count == 0:
+        count = self.count
+        self._counts = {}
+        if count == 0 and len(self._handles) < MOST_COUNTED:
             has_part = (p for p in self._parameters if p.requires_grad and p.grad is not None)
-            if (other := next(has_part, None)) is not None:
-                self._watch(other)
+            self._watch(itertools.islice(has_part, 1))
         return max(1, count)
 
     def remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

@@ -11,6 +11,9 @@ from gradwatch.records import Parameter
 
 __all__ = ["watched_parameters"]
 
+ENGINES = ("deepspeed", "megatron", "fairscale")
+"""Packages whose modules keep gradients in flat buffers."""
+
 COMPILED = "_orig_mod."
 """What `torch.compile` puts before the names of the module it wraps."""
 
@@ -24,11 +27,12 @@ def watched_parameters(
     all parameters of the model. A tied parameter is listed once, under its first name.
 
     Raises:
-        AttachError: nothing is left to watch.
+        AttachError: nothing is left to watch, or something keeps its gradients elsewhere.
     """
     names: dict[torch.nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name.replace(COMPILED, ""))
+    _refuse_unwatchable(model, names)
     groups = dict.fromkeys(names, 0) if optimizer is None else dict(_grouped(optimizer))
     owners = _owner_classes(model)
     tensors = [p for p in names if p in groups] + [p for p in groups if p not in names]
@@ -50,6 +54,39 @@ def watched_parameters(
             )
         )
     return tensors, described
+
+
+def _refuse_unwatchable(model: torch.nn.Module, names: dict[torch.nn.Parameter, list[str]]) -> None:
+    kind = type(model).__name__
+    engine = type(model).__module__.partition(".")[0]
+    if engine in ENGINES:
+        raise AttachError(
+            f"{engine}'s {kind} keeps gradients in flat buffers of its own, where no parameter has "
+            "one to be measured. Attach to the plain module with its torch optimizer instead."
+        )
+    for parameter, (name, *_) in names.items():
+        if hasattr(parameter, "_in_backward_optimizers"):
+            raise AttachError(
+                f"{name} is updated inside the backward pass, so there is no moment at which all "
+                "gradients are there. Use an optimizer that steps after backward()."
+            )
+        if type(parameter).__name__ == "FlatParameter":
+            raise AttachError(
+                f"{name} is a flat parameter of FullyShardedDataParallel, which holds many layers "
+                "in one. Wrap with use_orig_params=True, or use fully_shard."
+            )
+        if type(parameter).__name__ == "DTensor" or hasattr(parameter, "device_mesh"):
+            raise AttachError(
+                f"{name} is sharded over several processes, which this version does not measure "
+                "yet. Attach to an unsharded model."
+            )
+        if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
+            raise AttachError(f"{name} has no shape yet. Run one batch through the model first.")
+        if parameter.device.type == "meta":
+            raise AttachError(
+                f"{name} is on the meta device and has no values. Materialise the model first "
+                "(model.to_empty(device=...)), then create the optimizer and attach."
+            )
 
 
 def _grouped(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.nn.Parameter, int]]:

@@ -87,17 +87,23 @@ def refined(
     the elements themselves are finite and not all 0, their norm is taken in float64 after division
     by the largest of them.
     """
-    out = norms_Q.to(torch.float64, copy=True)
+    found = {}
     for i, norm in enumerate(norms_Q.tolist()):
         if smallest_trusted(norm_type) <= norm < math.inf:
             continue
         elements = gradients[i]
         largest = _largest(elements).to(torch.float64)
         if largest == 0 or not torch.isfinite(largest):
-            out[i] = largest
+            if norm != float(largest) and not math.isnan(norm):
+                found[i] = largest
             continue
         wide = elements.to(torch.complex128 if elements.is_complex() else torch.float64)
-        out[i] = torch.linalg.vector_norm(wide / largest, norm_type) * largest
+        found[i] = torch.linalg.vector_norm(wide / largest, norm_type) * largest
+    if not found:
+        return norms_Q  # in its own dtype: a tensor of zeros changes no bit of what follows
+    out = norms_Q.to(torch.float64, copy=True)
+    for i, norm in found.items():
+        out[i] = norm
     return out
 
 
@@ -118,7 +124,9 @@ def _rows_norm(gradient: torch.Tensor, norm_type: float) -> torch.Tensor:
 
 def _real(gradient: torch.Tensor, norm_type: float) -> torch.Tensor:
     """Real values with the same norm as the absolute values of complex ones."""
-    return torch.view_as_real(gradient) if norm_type == 2.0 else gradient.abs()
+    # A conjugation that is only noted down has no real parts to look at.
+    resolved = gradient.resolve_conj().resolve_neg()
+    return torch.view_as_real(resolved) if norm_type == 2.0 else resolved.abs()
 
 
 def _largest(gradient: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,10 @@ class Stash:
     def __bool__(self) -> bool:
         return bool(self._sums)
 
+    def extend(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """More parameters behind the ones of before."""
+        self._parameters = list(parameters)
+
     def take(self, loss_scale: torch.Tensor | None) -> None:
         """Adds the gradients that are due and takes them away from the optimizer.
 

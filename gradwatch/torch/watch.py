@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from dataclasses import replace
 from typing import Any, SupportsFloat
 
@@ -11,9 +12,10 @@ import torch
 
 from gradwatch.accumulation import Closed
 from gradwatch.engine import StepContext
-from gradwatch.errors import PolicyError, TrainingStopped
+from gradwatch.errors import AttachError, PolicyError, TrainingStopped
 from gradwatch.policy import Policy, check_against
 from gradwatch.records import Layout, RunInfo
+from gradwatch.saying import say
 from gradwatch.torch.accumulate import UnchangedLoop
 from gradwatch.torch.backend import TorchBackend
 from gradwatch.torch.gradients import drop
@@ -24,8 +26,6 @@ from gradwatch.torch.scaling import ScalerFollower
 from gradwatch.watch import Watch
 
 __all__ = ["TorchWatch"]
-
-logger = logging.getLogger("gradwatch")
 
 
 class TorchWatch(Watch):
@@ -52,6 +52,7 @@ class TorchWatch(Watch):
         self._optimizer = None if optimizer is None else innermost(optimizer)
         if self._optimizer is not None:
             refuse_watched(self._optimizer)
+            _refuse_to_enforce(policy, self._optimizer)
         tensors, parameters = watched_parameters(model, self._optimizer)
         layout = Layout.of(parameters, policy.grouping)
         check_against(policy, layout)
@@ -59,6 +60,7 @@ class TorchWatch(Watch):
             run=run,
             layout=layout,
             rules=tuple(rule.name for rule in policy.clip),
+            multiplying=tuple(r.name for r in policy.clip if r.then in ("scale", "zero")),
             mode=policy.effective_mode,
             policy=policy.canonical_yaml(),
             policy_sha256=policy.sha256,
@@ -68,27 +70,57 @@ class TorchWatch(Watch):
             started=started,
             pid=pid,
         )
+        self._policy = policy
+        self._described = parameters
+        self._model = weakref.ref(model)
+        self._num_known = 0 if self._optimizer is None else _count(self._optimizer)
         self._scaler = None if scaler is None else ScalerFollower(scaler)
         self.plan = plan_for(policy, layout, self._optimizer, tensors)
         self._backend = TorchBackend(tensors, self._optimizer, self.plan)
         super().__init__(info, policy, self._backend, recording)
         if self.plan.reason:
-            logger.warning("gradwatch %s", self.plan)
+            say(logging.WARNING, "gradwatch %s", self.plan)
         self._counter = BackwardCounter(tensors)
         self._passes, self._overflows, self._loss_scale = 1, 0, math.nan
         self._hooks: StepHooks | None = None
         if self._optimizer is not None:
-            self._hooks = StepHooks(self._optimizer, self.process, self._backend.disarm)
+            self._hooks = StepHooks(self._optimizer, self.process, self._disarm)
 
         self._unchanged: UnchangedLoop | None = None
         if _accumulates_for_the_loop(policy) and self._optimizer is not None:
             self._unchanged = UnchangedLoop(tensors, self.window)
-        self._on_error = policy.guard.on_error
 
     @torch.no_grad()
     def process(self) -> None:
+        if self._optimizer is not None and _count(self._optimizer) != self._num_known:
+            self._extend()
         if self._is_due():
             super().process()
+
+    def _extend(self) -> None:
+        """Takes parameters in that were added to the optimizer."""
+        assert self._optimizer is not None
+        self._num_known = _count(self._optimizer)
+        model = self._model()
+        tensors, described = watched_parameters(model or torch.nn.Module(), self._optimizer)
+        known = {id(tensor) for tensor in self._backend.parameters}
+        new = [i for i, tensor in enumerate(tensors) if id(tensor) not in known]
+        if not new:
+            return
+        tensors = self._backend.parameters + [tensors[i] for i in new]
+        self._described += [described[i] for i in new]
+        layout = Layout.of(self._described, self._policy.grouping)
+        self.plan = plan_for(self._policy, layout, self._optimizer, tensors)
+        self._backend = TorchBackend(tensors, self._optimizer, self.plan)
+        self._engine.extend(self._backend, layout)
+        if self._unchanged is not None:
+            self._unchanged.extend(tensors)
+        say(
+            logging.WARNING,
+            "%d parameters were added to the optimizer, %s first: the policy holds for them too, "
+            "but they have no layer in the metrics and the recording of this run. Attach again to "
+            "have one", len(new), described[new[0]].name,
+        )  # fmt: skip
 
     def _is_due(self) -> bool:
         """Whether this call of `step()` ends a window; the gradients are put by where not.
@@ -120,14 +152,15 @@ class TorchWatch(Watch):
         self.pipeline.report("apply")
         self._unchanged = None
         step = self._engine.num_steps
-        if self._on_error == "stop":
+        if self._policy.guard.on_error == "stop":
             raise TrainingStopped(
                 f"stopped before the update of step {step}: gradwatch failed to accumulate "
                 f"({type(error).__name__}: {error}), guard.on_error is stop",
                 step=step,
                 reason="on_error",
             ) from error
-        logger.critical(
+        say(
+            logging.CRITICAL,
             "gradwatch failed to accumulate (%s: %s): each call of step() is a step from now on "
             "(guard.on_error is observe)", type(error).__name__, error,
         )  # fmt: skip
@@ -173,6 +206,9 @@ class TorchWatch(Watch):
             assert self._optimizer is not None
             self._optimizer.step()
 
+    def _disarm(self) -> None:
+        self._backend.disarm()
+
     def _number(self, value: SupportsFloat) -> float:
         return float(value.detach() if isinstance(value, torch.Tensor) else value)
 
@@ -186,6 +222,22 @@ class TorchWatch(Watch):
             self._unchanged.abandon()
         if self._hooks is not None:
             self._hooks.remove()
+
+
+def _refuse_to_enforce(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """
+    Raises:
+        AttachError: this optimizer can be observed only.
+    """
+    if policy.enforcing and isinstance(optimizer, torch.optim.LBFGS):
+        raise AttachError(
+            "LBFGS compares gradients along a line search, and changing them would break it. "
+            "Attach without a policy, with mode: shadow, or use another optimizer."
+        )
+
+
+def _count(optimizer: torch.optim.Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def _accumulates_for_the_loop(policy: Policy) -> bool:
@@ -209,4 +261,7 @@ def _learning_rate(optimizer: torch.optim.Optimizer | None) -> float:
     rate = math.nan if optimizer is None else optimizer.param_groups[0].get("lr", math.nan)
     if isinstance(rate, torch.Tensor) and rate.device.type != "cpu":
         return math.nan
-    return float(rate)
+    try:
+        return float(rate)
+    except (TypeError, ValueError, RuntimeError):  # None where an optimizer finds its own
+        return math.nan

@@ -22,6 +22,7 @@ def info_of(layers: list[str] | int = 3, **fields: object) -> RunInfo:
         "run": "test-run",
         "layout": Layout.of([Parameter(name=f"{name}.weight") for name in names]),
         "rules": ("global",),
+        "multiplying": ("global",),
         "mode": "enforce",
         "version": "1.2.3",
         "framework": "torch 2.13.0",

@@ -90,7 +90,8 @@ RULES = {
     "groups: -1": "3:5: clip[0].groups must be >= 0. Received: -1",
     "ndim: '<two'": "3:5: clip[0].ndim must compare with a number of dimensions, "
     "such as <2, >=2 or 2. Received: <two",
-    "per: tensors": "3:5: clip[0].per must be all, group, layer, tensor or element. Received: tensors",
+    "per: tensors": "3:5: clip[0].per must be all, group, layer, tensor or element. "
+    "Received: tensors",
     "measure: l0": "3:5: clip[0].measure must be l1, l2, linf, l<p> or rms. Received: l0",
     "then: explode": "3:5: clip[0].then must be scale, skip, zero, stop or warn. Received: explode",
     "eps: -1": "3:5: clip[0].eps must be >= 0. Received: -1",

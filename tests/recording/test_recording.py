@@ -216,7 +216,7 @@ def test_the_file_stays_within_its_bound_and_keeps_the_steps_of_anomalies(
 
 
 def test_a_file_that_exists_is_never_written_over(store, path, info):
-    with pytest.raises(RecordingError, match="cannot be made"):
+    with pytest.raises(FileExistsError):
         Store(path, info)
 
 

@@ -1,0 +1,17 @@
+"""Log lines that cannot hurt the loop they are written from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+__all__ = ["say"]
+
+_logger = logging.getLogger("gradwatch")
+
+
+def say(level: int, message: str, *args: object, exc_info: Any = None) -> None:
+    """Logs; a handler that raises is not a reason to end a training run."""
+    with contextlib.suppress(Exception):
+        _logger.log(level, message, *args, exc_info=exc_info)
