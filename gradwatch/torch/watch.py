@@ -166,9 +166,13 @@ class TorchWatch(Watch):
         )  # fmt: skip
 
     def _scaled(self) -> tuple[float, int]:
-        """The loss scale, and the steps that its scaler has dropped since the last one."""
+        """The loss scale, and the steps that its scaler has dropped unseen since the last one."""
+        switches = self._backend.switches
         try:
-            return (math.nan, 0) if self._scaler is None else self._scaler.step()
+            scale, dropped = (math.nan, 0) if self._scaler is None else self._scaler.step()
+            # A fused optimizer is called for those too, and told.
+            told = switches is not None and switches.found_inf is not None
+            return scale, 0 if told else dropped
         except Exception:
             self.pipeline.report("measure")
             return math.nan, 0
