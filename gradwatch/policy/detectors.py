@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, model_validator
 
 from gradwatch.policy.values import OFF, Factor, Fraction, Positive, Section, Span, Steps, refuse
 
-__all__ = ["Detect", "Exploding", "Nonfinite", "Spike", "Vanishing"]
+__all__ = ["Detect", "Exploding", "Nonfinite", "Overflow", "Spike", "Vanishing"]
 
 Action = Literal["record"]
 
@@ -59,6 +59,10 @@ class Nonfinite(_Detector):
     """A norm that holds inf or NaN: immediate."""
 
 
+class Overflow(_Detector):
+    """A norm that holds inf or NaN in a step that the loss scaler drops: how it finds its scale."""
+
+
 class Exploding(_Outlier):
     """A layer whose norm stays far above its own baseline."""
 
@@ -102,6 +106,9 @@ class Detect(Section):
 
     nonfinite: Annotated[Nonfinite | None, BeforeValidator(_or_off)] = Nonfinite()
     """A norm that is not finite."""
+
+    overflow: Annotated[Overflow | None, BeforeValidator(_or_off)] = Overflow()
+    """A norm that is not finite in a step that a loss scaler drops."""
 
     exploding: Annotated[Exploding | None, BeforeValidator(_or_off)] = Exploding()
     """A norm far above its own baseline, persistently."""

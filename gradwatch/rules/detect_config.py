@@ -21,12 +21,19 @@ __all__ = [
     "KindConfig",
     "NonfiniteConfig",
     "OutlierConfig",
+    "OverflowConfig",
     "SpikeConfig",
     "VanishingConfig",
     "detection_config",
 ]
 
-KINDS: tuple[str, ...] = ("nonfinite", "exploding", "spike", "vanishing")
+KINDS: tuple[str, ...] = (
+    "nonfinite",
+    "exploding",
+    "spike",
+    "vanishing",
+    "overflow",
+)
 """Every kind of anomaly, most urgent first."""
 
 ELSEWHERE = ("then",)
@@ -41,6 +48,11 @@ def _require(holds: bool, rule: str, value: float) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NonfiniteConfig:
     """A norm that is inf or NaN. There is nothing to set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverflowConfig:
+    """A norm that is inf or NaN in a step that a loss scaler drops. There is nothing to set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +133,7 @@ class VanishingConfig:
         _require(self.after >= 0, "after must be >= 0", self.after)
 
 
-KindConfig = NonfiniteConfig | ExplodingConfig | SpikeConfig | VanishingConfig
+KindConfig = NonfiniteConfig | OverflowConfig | ExplodingConfig | SpikeConfig | VanishingConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +141,7 @@ class DetectionConfig:
     """The parameters of every kind of `KINDS`; None switches a detector off."""
 
     nonfinite: NonfiniteConfig | None = NonfiniteConfig()
+    overflow: OverflowConfig | None = OverflowConfig()
     exploding: ExplodingConfig | None = ExplodingConfig()
     spike: SpikeConfig | None = SpikeConfig()
     vanishing: VanishingConfig | None = VanishingConfig()

@@ -1,16 +1,16 @@
-"""`nonfinite`: norms that are inf or NaN.
+"""`nonfinite` and `overflow`: norms that are inf or NaN.
 
-    any norm of the record, total or layer        ALERT at once
-    ... of a step that the loss scaler skips      EVENT: it is how a scaler finds its scale
+    nonfinite   any norm of the record, total or layer        ALERT at once
+    overflow    ... of a step that the loss scaler drops      EVENT: it is how it finds its scale
 
-An overflow under a loss scale is an alert when the scale has collapsed (below 1) or the loss is
-not finite either: lowering the scale will not mend that. It is kept apart in `_overflowed`, ready
-to become a kind of its own.
+An overflow is `nonfinite` when the scale has collapsed (below 1) or the loss is not finite either:
+lowering the scale will not mend that.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -25,16 +25,18 @@ CLEAR_AFTER = 5
 """Finite steps in a row that end an episode."""
 
 KIND = "nonfinite"
+KINDS: dict[Level, str] = {"alert": KIND, "event": "overflow"}
 
 
 class Nonfinite:
     """Layers in layout order, and behind them the total norm as one more."""
 
-    def __init__(self, layers: tuple[str, ...]) -> None:
+    def __init__(self, layers: tuple[str, ...], kinds: Collection[str]) -> None:
         self._layers = layers
         self._episodes: dict[Level, Episodes] = {
             level: Episodes(len(layers) + 1, need=1, of=1, clear_after=CLEAR_AFTER)
-            for level in ("alert", "event")
+            for level, kind in KINDS.items()
+            if kind in kinds
         }
 
     def observe(self, reading: Reading) -> list[Anomaly]:
@@ -56,12 +58,12 @@ class Nonfinite:
         """Nothing to begin: what is finite needs no baseline."""
 
     def active(self) -> dict[str, tuple[str, ...]]:
-        episodes = self._episodes["alert"]
-        return {KIND: self._names(episodes.open_L)} if episodes.any_open else {}
+        episodes = self._episodes.get("alert")
+        return {KIND: self._names(episodes.open_L)} if episodes and episodes.any_open else {}
 
     def open_alerts(self) -> dict[str, Bools]:
-        episodes = self._episodes["alert"]
-        return {KIND: episodes.open_L[:-1].copy()} if episodes.any_open else {}
+        episodes = self._episodes.get("alert")
+        return {KIND: episodes.open_L[:-1].copy()} if episodes and episodes.any_open else {}
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
         return {
@@ -77,19 +79,22 @@ class Nonfinite:
     def _anomaly(self, level: Level, hit_T: Bools, record: StepRecord) -> Anomaly:
         layers = self._names(hit_T)
         everywhere = len(layers) == len(self._layers) > 1
+        kind = KINDS[level]
         return Anomaly(
-            kind=KIND,
+            kind=kind,
             level=level,
             step=record.step,
             layer=layers[0] if layers and not everywhere else None,
             layers=layers[:LISTED],
             value=record.total_norm,
-            message=f"{KIND}: {self._what(layers, record.total_norm)}{_outcome(record)}",
+            message=f"{kind}: {self._what(layers, record)}{_outcome(record)}",
         )
 
-    def _what(self, layers: tuple[str, ...], total_norm: float) -> str:
+    def _what(self, layers: tuple[str, ...], record: StepRecord) -> str:
+        if not layers and not record.present_P.any():
+            return "the loss scaler dropped a step whose gradients were not seen"
         if not layers:
-            return f"the total norm is {total_norm} while that of every layer is finite"
+            return f"the total norm is {record.total_norm} while that of every layer is finite"
         if len(layers) == len(self._layers) > 1:
             return f"all {len(layers)} layers hold inf or NaN, gradients cannot name the culprit"
         return (
@@ -103,7 +108,11 @@ class Nonfinite:
 
 def _overflowed(record: StepRecord) -> bool:
     """Whether the loss scaler is looking for its scale, and may yet find it."""
-    if record.skipped != KIND or not math.isfinite(record.loss_scale) or record.loss_scale < 1:
+    if (
+        record.skipped not in KINDS.values()
+        or not math.isfinite(record.loss_scale)
+        or record.loss_scale < 1
+    ):
         return False
     return math.isfinite(record.scalars.get("loss", 0.0))
 

@@ -22,6 +22,7 @@ from gradwatch.rules.detect_config import (
     ExplodingConfig,
     NonfiniteConfig,
     OutlierConfig,
+    OverflowConfig,
     SpikeConfig,
     VanishingConfig,
     detection_config,
@@ -39,6 +40,7 @@ __all__ = [
     "ExplodingConfig",
     "NonfiniteConfig",
     "OutlierConfig",
+    "OverflowConfig",
     "SpikeConfig",
     "VanishingConfig",
     "detection_config",
@@ -174,8 +176,9 @@ class Detection:
 def _detectors(layout: Layout, config: DetectionConfig) -> dict[str, Detector]:
     """By the kinds they know, joined with +; in the order of `KINDS`."""
     detectors: dict[str, Detector] = {}
-    if config.nonfinite is not None:
-        detectors["nonfinite"] = Nonfinite(layout.layers)
+    nonfinite = {kind: getattr(config, kind) for kind in ("nonfinite", "overflow")}
+    if kinds := [kind for kind, found in nonfinite.items() if found is not None]:
+        detectors["+".join(kinds)] = Nonfinite(layout.layers, kinds)
     for outliers in _of_one_band(config):
         detectors["+".join(outliers)] = Outliers(layout.layers, outliers)
     if config.vanishing is not None:

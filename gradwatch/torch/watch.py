@@ -170,12 +170,12 @@ class TorchWatch(Watch):
         switches = self._backend.switches
         try:
             scale, dropped = (math.nan, 0) if self._scaler is None else self._scaler.step()
-            # A fused optimizer is called for those too, and told.
-            told = switches is not None and switches.found_inf is not None
-            return scale, 0 if told else dropped
         except Exception:
             self.pipeline.report("measure")
             return math.nan, 0
+        # A fused optimizer is called for those too, and told.
+        told = switches is not None and switches.found_inf is not None
+        return scale, 0 if told else dropped
 
     def _context(self) -> StepContext:
         closed = self._closed_window()

@@ -54,7 +54,7 @@ def test_the_guard_says_when_it_gives_up():
 
 
 def test_detectors_that_are_switched_off_are_not_named():
-    assert "detect: nonfinite, exploding, vanishing." in said(detect={"spike": "none"})
+    assert "detect: nonfinite, overflow, exploding, vanishing." in said(detect={"spike": "none"})
 
 
 def test_layers_by_depth_are_explained():
