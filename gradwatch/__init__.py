@@ -5,7 +5,7 @@
 No framework is imported until a model of it is attached.
 """
 
-from gradwatch.attaching import attach
+from gradwatch.attaching import attach, clip_grads_
 from gradwatch.errors import (
     AttachError,
     GradwatchError,
@@ -34,5 +34,6 @@ __all__ = [
     "TwoClippersError",
     "Watch",
     "attach",
+    "clip_grads_",
     "open_recording",
 ]

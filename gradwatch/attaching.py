@@ -18,7 +18,7 @@ from gradwatch.export.exporter import Exporter
 from gradwatch.policy import Policy, load_policy
 from gradwatch.watch import Watch
 
-__all__ = ["attach"]
+__all__ = ["attach", "clip_grads_"]
 
 LINGER_SECONDS = 20.0
 
@@ -72,6 +72,30 @@ def attach(
     if port is not None:
         _serve(watch, host, port, discovery, linger)
     return watch
+
+
+def clip_grads_(
+    parameters: Any, policy: str | os.PathLike[str] | Mapping[str, Any] | Policy
+) -> Any:
+    """Applies a policy to gradients that are there now, once; no watch, no record.
+
+    A step that the policy skips is left without gradients (`.grad` is None). Schedules of limits
+    are read at step 0, and patience and budget have no meaning here.
+
+    Args:
+        parameters: a module, its `named_parameters()`, or tensors, which are named by number.
+        policy: as for `attach`. A `Policy` or a dict is read faster than a file.
+
+    Returns:
+        The L2 norm of all gradients before the policy, a 0-d tensor.
+
+    Raises:
+        PolicyError: the policy is wrong, does not fit, or accumulates.
+        TrainingStopped: the policy says stop.
+    """
+    from gradwatch.torch.function import clip_grads_ as of_torch
+
+    return of_torch(parameters, load_policy(policy))
 
 
 def _framework_watch(model: Any) -> Any:

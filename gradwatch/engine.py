@@ -159,7 +159,7 @@ class Engine:
         self._stopping: TrainingStopped | None = None
         self._failures_in_a_row = 0
         self._warning: set[str] = set()
-        self._last_time = math.nan
+        self._last_started = math.nan
 
     def extend(self, backend: Backend, layout: Layout) -> None:
         """Goes on with more parameters, behind the ones of before; records keep their shape."""
@@ -324,7 +324,7 @@ class Engine:
             self._recorder.append(self._row(step, reading, verdict))
         except Exception:
             self._on_error("readback")
-        self._last_time = step.time
+        self._last_started = step.started
         if verdict.stop and self.enforcing:
             raise _stopped(step.number, verdict.stop, verdict.skip or "")
 
@@ -336,7 +336,7 @@ class Engine:
         return Row(
             step=step.number,
             time=step.time,
-            duration_seconds=step.time - self._last_time,
+            duration_seconds=step.started - self._last_started,
             overhead_seconds=step.overhead_seconds,
             total_norm=reading.total_norm,
             total_norm_clipped=clipped,

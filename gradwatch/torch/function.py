@@ -1,0 +1,89 @@
+"""The policy as one call, without a watch: what `torch.nn.utils.clip_grad_norm_` is to a norm."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+
+from gradwatch.errors import PolicyError, TrainingStopped
+from gradwatch.policy import Policy, check_against
+from gradwatch.records import Layout, Parameter
+from gradwatch.rules.chain import Chain
+from gradwatch.rules.clipping import Norms, Rule, decide
+from gradwatch.rules.guard import SkipHistory, judge
+from gradwatch.saying import say
+from gradwatch.torch.backend import TorchBackend
+from gradwatch.torch.layers import watched_parameters
+
+__all__ = ["clip_grads_"]
+
+Parameters = (
+    torch.nn.Module | Iterable[torch.nn.Parameter] | Iterable[tuple[str, torch.nn.Parameter]]
+)
+
+
+@torch.no_grad()
+def clip_grads_(parameters: Parameters, policy: Policy) -> torch.Tensor:
+    """See `gradwatch.clip_grads_`."""
+    if policy.accumulate is not None:
+        raise PolicyError(f"{policy.source}: clip_grads_ sees no micro-batches: leave accumulate "
+                          "out, or attach a watch")  # fmt: skip
+    tensors, described = _listed(parameters)
+    layout = Layout.of(described, policy.grouping)
+    check_against(policy, layout)
+    backend = TorchBackend(tensors)
+    chain = Chain(policy, layout, backend.xp)
+    gradients = backend.gather()
+    rules, limits = chain.rules(gradients.present), chain.limits(0)
+    norms: Norms = {p: backend.measure(gradients, p) for p in chain.norm_types}
+    now = norms
+
+    def touch(rule: Rule, bounds_S: torch.Tensor, over: torch.Tensor) -> Norms:
+        nonlocal now
+        now = backend.touch(gradients, rule, bounds_S, over, now, policy.enforcing)
+        return now
+
+    decision = decide(
+        rules,
+        norms,
+        limits,
+        backend.xp,
+        zero_nonfinite=policy.guard.nonfinite == "zero",
+        touch=touch,
+    )
+    total_norm: torch.Tensor = decision.total_norm
+    over = [bool(flag) for flag in decision.over]
+    verdict, _ = judge(policy.guard, rules, over, float(total_norm), SkipHistory(), 0)
+    for rule, is_over in zip(rules, over, strict=True):
+        if rule.then == "warn" and is_over:
+            say(logging.WARNING, "rule %s is over its limit (total norm %.4g)", rule.name,
+                float(total_norm))  # fmt: skip
+    if not policy.enforcing:
+        return total_norm
+    if verdict.stop:
+        raise TrainingStopped(
+            f"stopped before the update: {verdict.stop}", step=0, reason=verdict.skip or ""
+        )
+    coefs_Q = backend.host(decision.coefs_P)
+    if verdict.skip:
+        backend.drop(gradients)
+    elif coefs_Q.min(initial=1.0) < 1.0:
+        backend.scale(gradients, decision.coefs_P, coefs_Q)
+    return total_norm
+
+
+def _listed(parameters: Parameters) -> tuple[list[torch.nn.Parameter], list[Parameter]]:
+    if isinstance(parameters, torch.nn.Module):
+        return watched_parameters(parameters, None)
+    entries = list(parameters)
+    named = [
+        entry if isinstance(entry, tuple) else (str(position), entry)
+        for position, entry in enumerate(entries)
+    ]
+    tensors: dict[torch.nn.Parameter, str] = {}
+    for name, tensor in named:
+        tensors.setdefault(tensor, name)
+    described = [Parameter(name=name, shape=tuple(t.shape)) for t, name in tensors.items()]
+    return list(tensors), described
