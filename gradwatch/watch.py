@@ -231,7 +231,7 @@ class Watch:
         latest = self.latest
         layers = f"{len(self.info.layout.layers)} layers"
         if latest is None:
-            return f"Watch({layers}, no step yet)"
+            return f"Watch({layers}, no step yet{self._how()})"
         recent = self.history(RECENT)
         clipped = sum(record.clipped for record in recent)
         skipped = sum(record.skipped is not None for record in recent)
@@ -244,9 +244,14 @@ class Watch:
         ]
         if skipped:
             parts.append(f"skipped {skipped}")
-        return f"Watch({', '.join(parts)}, {kinds or 'no anomaly'})"
+        parts.append(kinds or "no anomaly")
+        return f"Watch({', '.join(parts)}{self._how()})"
 
     # What a framework fills in
+
+    def _how(self) -> str:
+        """How decisions are made, for `repr`."""
+        return ""
 
     def _discard(self) -> None:
         """Drops the gradients of a window that was not finished."""

@@ -136,6 +136,11 @@ class Policy(Section):
             or any(rule.then != "warn" for rule in self.clip)
         )
 
+    def who(self, then: str) -> tuple[str, ...]:
+        """Names of the rules that skip, zero, stop, ...; `guard.nonfinite` among them."""
+        guard = ("guard.nonfinite",) if self.guard.nonfinite == then else ()
+        return (*guard, *(rule.name for rule in self.clip if rule.then == then))
+
     @property
     def enforcing(self) -> bool:
         """Whether its decisions are meant to be applied, and there are any."""

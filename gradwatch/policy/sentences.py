@@ -70,6 +70,7 @@ def sentences(policy: Policy) -> list[str]:
         *_guard(policy.guard),
         *(f"clip {rule.name}: {_rule(rule)}" for rule in policy.clip),
         _detectors(policy),
+        *_cost(policy),
     ]
 
 
@@ -141,6 +142,23 @@ def _limit(rule: ClipRule) -> str:
 def _detectors(policy: Policy) -> str:
     kinds = [kind for kind, detector in policy.detect if detector is not None]
     return f"detect: {', '.join(kinds) or 'nothing'}."
+
+
+def _cost(policy: Policy) -> Iterator[str]:
+    """What a decision costs, where it is not on CPU."""
+    if not policy.enforcing:
+        return
+    host = policy.who("stop") + policy.who("zero")
+    skips = policy.who("skip")
+    if host:
+        yield f"cost: an accelerator is read once a step, for {host[0]}."
+    elif skips:
+        yield (
+            f"cost: an accelerator is read once a step, for {skips[0]}; with a fused optimizer "
+            "(fused=True) it is not read."
+        )
+    else:
+        yield "cost: an accelerator is not read in the step."
 
 
 def _listed(words: Sequence[str]) -> str:

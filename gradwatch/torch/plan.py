@@ -85,19 +85,15 @@ def _why_read(
         return "the parameters are on several devices"
     if not policy.enforcing:
         return ""
-    stops = [rule.name for rule in policy.clip if rule.then == "stop"]
-    zeroes = [rule.name for rule in policy.clip if rule.then == "zero"]
-    skips = [rule.name for rule in policy.clip if rule.then == "skip"]
-    if stops or policy.guard.nonfinite == "stop":
-        return f"{stops[0] if stops else 'guard.nonfinite'} stops the run"
-    if zeroes or policy.guard.nonfinite == "zero":
-        return f"{zeroes[0] if zeroes else 'guard.nonfinite'} zeroes, and 0 times NaN is NaN"
-    if not (skips or policy.guard.nonfinite == "skip"):
+    if who := policy.who("stop"):
+        return f"{who[0]} stops the run"
+    if who := policy.who("zero"):
+        return f"{who[0]} zeroes, and 0 times NaN is NaN"
+    if not (who := policy.who("skip")):
         return ""
-    who = skips[0] if skips else "guard.nonfinite"
     if not fused:
-        return f"{who} skips, and only a fused optimizer (fused=True) skips by itself"
+        return f"{who[0]} skips, and only a fused optimizer (fused=True) skips by itself"
     assert optimizer is not None
     if any(group.get("dampening") for group in optimizer.param_groups):
-        return f"{who} skips, and fused SGD with dampening cannot skip its first step"
+        return f"{who[0]} skips, and fused SGD with dampening cannot skip its first step"
     return ""

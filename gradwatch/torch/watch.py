@@ -202,6 +202,9 @@ class TorchWatch(Watch):
         # More passes than planned are several losses, not several micro-batches.
         return closed if self._passes <= planned else replace(closed, factor=1.0)
 
+    def _how(self) -> str:
+        return f"; {self.plan}" if self.plan.on_accelerator else ""
+
     def _discard(self) -> None:
         drop(self._backend.parameters)
 
