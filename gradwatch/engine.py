@@ -26,11 +26,11 @@ from gradwatch.policy import Policy
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Row
 from gradwatch.records import Bools, Float32s, Layout, RunInfo
-from gradwatch.rules.arrays import Arrays, Vector
+from gradwatch.rules.arrays import NUMPY, Arrays, Vector
 from gradwatch.rules.chain import Chain
-from gradwatch.rules.clipping import Decision, Norms, Rule, decide
+from gradwatch.rules.clipping import Decision, Limit, Norms, Rule, decide
 from gradwatch.rules.guard import OVERFLOW, SkipHistory, Verdict, judge
-from gradwatch.rules.reading import Reading, overflowed, pack, unapplied, unpack
+from gradwatch.rules.reading import Reading, least, overflowed, pack, unapplied, unpack
 from gradwatch.saying import say
 
 __all__ = ["Backend", "Engine", "StepContext"]
@@ -125,7 +125,7 @@ class _Step:
 
     time: float
     context: StepContext
-    limits: list[float]
+    limits: list[float | Limit]
     present: bytes
     rules: tuple[Rule, ...]
     overhead_seconds: float = 0.0
@@ -151,7 +151,7 @@ class Engine:
         self._backend = backend
         self._recorder = recorder
         self._on_error = on_error
-        self._chain = Chain(policy, info.layout, backend.xp)
+        self._chain = self._new_chain(info.layout)
         self._reason_code = {reason: i for i, reason in enumerate(info.reasons, start=1)}
         self._num_parameters = len(info.layout.parameters)
         self._skips = SkipHistory()
@@ -165,7 +165,13 @@ class Engine:
         """Goes on with more parameters, behind the ones of before; records keep their shape."""
         self.catch_up(wait=True)
         self._backend = backend
-        self._chain = Chain(self._policy, layout, backend.xp)
+        histories = self._chain.state_dict()
+        self._chain = self._new_chain(layout)
+        self._chain.load_state_dict(histories)
+
+    def _new_chain(self, layout: Layout) -> Chain:
+        xp = self._backend.xp
+        return Chain(self._policy, layout, xp, NUMPY if self._backend.reads_host else xp)
 
     @property
     def skipped(self) -> str | None:
@@ -183,7 +189,8 @@ class Engine:
         if self._stopping is not None:
             raise self._stopping
         for _ in range(context.overflows):
-            self._finish(self._due(context), overflowed(len(self._chain)))
+            due = self._due(context)
+            self._finish(due, overflowed(due.limits))
         step = self._due(context)
         doing, reading, verdict = "measure", None, Verdict()
         try:
@@ -192,7 +199,7 @@ class Engine:
             step.rules = self._chain.rules(gradients.present)
             norms, decision = self._decided(gradients, step)
             if self._backend.reads_host:
-                reading = self._read(gradients, norms, decision)
+                reading = self._read(gradients, norms, decision, step)
                 verdict = self._judged(step, reading)
             doing = "apply"
             if self._backend.reads_host:
@@ -255,9 +262,10 @@ class Engine:
         )
         return norms, decision
 
-    def _read(self, gradients: Any, norms: Norms, decision: Decision) -> Reading:
+    def _read(self, gradients: Any, norms: Norms, decision: Decision, step: _Step) -> Reading:
         scale, found_inf = gradients.loss_scale, gradients.found_inf
-        return Reading(
+        reading = Reading(
+            limits=tuple(float(least(limit)) for limit in step.limits),
             total_norm=float(decision.total_norm),
             total_norm_clipped=float(decision.total_norm_clipped),
             over=tuple(bool(over) for over in decision.over),
@@ -266,6 +274,9 @@ class Engine:
             norms_Q=self._backend.host(norms[2.0]),
             kept_Q=self._backend.host(decision.kept_P),
         )
+        usable = math.isfinite(reading.total_norm) and not reading.overflow
+        self._chain.learn(decision, usable)
+        return reading
 
     def _act(self, gradients: Any, decision: Decision, verdict: Verdict, factor: float) -> None:
         if not self.enforcing or verdict.stop or verdict.skip == OVERFLOW:
@@ -286,8 +297,10 @@ class Engine:
                 skip = over if skip is None else skip | over
         if self.enforcing:
             self._backend.apply(gradients, decision.coefs_P, skip)
+        self._chain.learn(decision, xp.isfinite(decision.total_norm))
         scale, found_inf = gradients.loss_scale, gradients.found_inf
-        self._backend.send(pack(decision, norms[2.0], scale, found_inf, xp), step)
+        packed = pack(decision, step.limits, norms[2.0], scale, found_inf, xp)
+        self._backend.send(packed, step)
 
     def _finish(self, step: _Step, reading: Reading) -> None:
         """Judges and ends a step of which the host learns when it is over."""
@@ -303,7 +316,7 @@ class Engine:
 
     def _warn(self, step: _Step, reading: Reading) -> None:
         """One line when a `then: warn` rule goes over its limit, not one for each step."""
-        for rule, limit, is_over in zip(step.rules, step.limits, reading.over, strict=False):
+        for rule, limit, is_over in zip(step.rules, reading.limits, reading.over, strict=False):
             if rule.then == "warn" and is_over and rule.name not in self._warning:
                 say(
                     logging.WARNING,
@@ -347,7 +360,7 @@ class Engine:
             weight=context.weight,
             loss_scale=scale if math.isfinite(scale) else context.loss_scale,
             learning_rate=context.learning_rate,
-            limits=step.limits,
+            limits=reading.limits,
             tensor_norms_P=norms_P,
             tensor_coefs_P=coefs_P,
             present_P=present_P,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import ConfigDict, model_validator
 
 from gradwatch.policy.forms import has_steps
 from gradwatch.policy.values import Count, Fraction, NotNegative, Positive, Section, Steps, refuse
@@ -14,6 +14,10 @@ __all__ = ["StatisticLimit", "is_statistic"]
 
 class StatisticLimit(Section):
     """A limit that follows the norm's own history. Exactly one of `z`, `ratio`, `quantile`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": [key]} for key in ("z", "ratio", "quantile")]}
+    )
 
     z: Positive | None = None
     """Standard deviations above the mean of the history."""
@@ -31,7 +35,7 @@ class StatisticLimit(Section):
     """How much of the history each step keeps. Left out, with no window: 0.99."""
 
     window: Count | Literal["all"] | None = None
-    """Length of the history in steps, instead of a decay."""
+    """Length of the history in steps, instead of a decay. Left out for a quantile: 128."""
 
     warmup: Steps = 100
     """Accepted values before the limit is in force."""
@@ -61,6 +65,12 @@ class StatisticLimit(Section):
             refuse("must have exactly one of z, ratio and quantile")
         if self.decay is not None and self.window is not None:
             refuse("must have a decay or a window, not both")
+        if self.ratio is not None and self.window is not None:
+            refuse("must have a decay for a ratio, not a window")
+        if self.quantile is not None and self.decay is not None:
+            refuse("must have a window for a quantile, not a decay")
+        if self.z is not None and self.window == "all":
+            refuse("must have a window of so many steps for z, or a decay")
         if self.min is not None and self.max is not None and self.min > self.max:
             refuse("must have min <= max")
         return self

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradwatch.policy.locating import Path, at, one_of, shown
-from gradwatch.policy.statistic import is_statistic
 
 __all__ = ["REFUSED", "Refusal", "refused", "working_words"]
 
@@ -87,13 +86,6 @@ REFUSED = (
         when=lambda value: value in ("weight", "update", "loss"),
         working=("l1", "l2", "linf", "l<p>", "rms"),
         pattern=r"^(linf|l[0-9]+(\.[0-9]+)?|rms)$",
-    ),
-    Refusal(
-        "clip[].limit",
-        "Use a number or a schedule",
-        what="statistic limits are",
-        when=is_statistic,
-        model="StatisticLimit",
     ),
     _detector("loss_spike"),
     _detector("diverging"),

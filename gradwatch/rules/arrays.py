@@ -35,6 +35,22 @@ class Arrays(Protocol):
     def floats(self, values: Any) -> Vector:
         """A float32 vector as this library takes it; made once per rule, not per step."""
 
+    @property
+    def lib(self) -> Any:
+        """The library's functions of one or two vectors: where, exp, log, sqrt, abs, clip, ..."""
+
+    def doubles(self, values: Any) -> Vector:
+        """A float64 vector or matrix of NumPy as this library takes it."""
+
+    def to_doubles(self, x: Vector) -> Vector:
+        """A vector of this library in float64."""
+
+    def sorted(self, x: Vector) -> Vector:
+        """Ascending along the last axis."""
+
+    def may_be_true(self, x: Vector) -> bool:
+        """False only where it is known on the host that no entry is true."""
+
     def ones_like(self, x: Vector) -> Vector: ...
 
     def full_like(self, x: Vector, value: float) -> Vector: ...
@@ -57,6 +73,20 @@ class Arrays(Protocol):
 
 
 class _NumPy:
+    lib: Any = np
+
+    def doubles(self, values: Any) -> Vector:
+        return np.asarray(values, dtype=np.float64)
+
+    def to_doubles(self, x: Vector) -> Vector:
+        return np.asarray(x, dtype=np.float64)
+
+    def sorted(self, x: Vector) -> Vector:
+        return np.sort(x, axis=-1)
+
+    def may_be_true(self, x: Vector) -> bool:
+        return bool(np.any(x))
+
     def norm(self, x: Vector, norm_type: float = 2.0) -> Vector:
         return (
             np.linalg.norm(x.astype(np.float64), norm_type).astype(x.dtype) if x.size else x.sum()

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from gradwatch.policy import ClipRule, Policy, Schedule, select
+from gradwatch.policy import ClipRule, Policy, Schedule, StatisticLimit, select
 from gradwatch.records import Bools, Indices, Layout
 from gradwatch.rules.arrays import Arrays, Vector
-from gradwatch.rules.clipping import Rule
+from gradwatch.rules.clipping import Decision, Limit, Rule
 from gradwatch.rules.limits import limit_at
+from gradwatch.rules.statistics import Bounds, State, begun, bounds, goal, learned
 
 __all__ = ["Chain"]
 
@@ -25,11 +29,35 @@ KEPT = 64
 """Sets of present tensors whose rules are kept; a mixture of experts has many."""
 
 
+@dataclass(slots=True)
+class _Learning:
+    """A statistic limit, its history, and what it said of the step that is due."""
+
+    statistic: StatisticLimit
+    num_units: int
+    state: State
+    found: Bounds | None = None
+
+
 class Chain:
     """The clip rules of a policy over one layout."""
 
-    def __init__(self, policy: Policy, layout: Layout, xp: Arrays) -> None:
+    def __init__(
+        self, policy: Policy, layout: Layout, xp: Arrays, statistics_xp: Arrays | None = None
+    ) -> None:
+        """
+        Args:
+            statistics_xp: the library that histories are kept in, NumPy where the host knows the
+                norms: on short vectors it is several times faster than a tensor library.
+        """
         self._clip = policy.clip
+        self._statistics_xp = statistics_xp or xp
+        self._statistics = {
+            k: _Learning(rule.limit, num_units, begun(rule.limit, num_units, self._statistics_xp))
+            for k, rule in enumerate(policy.clip)
+            if isinstance(rule.limit, StatisticLimit)
+            for num_units in (_units(rule, layout)[1],)
+        }
         self._xp = xp
         self._layout = layout
         self._selected = [select(rule, layout) for rule in policy.clip]
@@ -42,9 +70,90 @@ class Chain:
     def __len__(self) -> int:
         return len(self._clip)
 
-    def limits(self, step: int) -> list[float]:
+    def limits(self, step: int) -> list[float | Limit]:
         """[K] the limits in force at an optimizer step."""
-        return [limit_at(points, step) for points in self._points]
+        return [
+            self._learnt(k) if points is None else limit_at(points, step)
+            for k, points in enumerate(self._points)
+        ]
+
+    def _learnt(self, k: int) -> Limit:
+        learning, xp = self._statistics[k], self._xp
+        with np.errstate(all="ignore"):
+            found = bounds(learning.statistic, learning.state, self._statistics_xp)
+        learning.found = found
+        if learning.statistic.to == "limit" or learning.statistic.quantile is not None:
+            return Limit(xp.doubles(found.limit_U))
+        here = Bounds(*(xp.doubles(v) for v in (found.limit_U, found.mu_U, found.sigma_U)))
+
+        def to(norms_U: Vector) -> Vector:
+            return goal(learning.statistic, here, xp.to_doubles(norms_U), xp)
+
+        return Limit(here.limit_U, to)
+
+    def learn(self, decision: Decision, usable: Any) -> None:
+        """Takes a step into the histories; their limits before it are those of `limits`.
+
+        Args:
+            usable: 0-d, whether its whole gradient is finite.
+        """
+        xp = self._statistics_xp
+        for k, learning in self._statistics.items():
+            if learning.found is None:
+                continue
+            units_U = xp.to_doubles(decision.units[k]).reshape(-1)
+            with np.errstate(all="ignore"):
+                learning.state = learned(
+                    learning.statistic, learning.state, learning.found, units_U, usable, xp
+                )
+            learning.found = None
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """By rule: the names of its units, and its history as NumPy arrays."""
+        return {
+            self._clip[k].name: {
+                "units": self._unit_names(self._clip[k]),
+                **{name: np.array(values) for name, values in self._on_host(learning).items()},
+            }
+            for k, learning in self._statistics.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Goes on with the histories of a `state_dict`, by the names of rules and units.
+
+        Returns:
+            The names of the rules that begin anew: they were not saved, or learn in another way.
+        """
+        anew = []
+        for k, learning in self._statistics.items():
+            rule, arrays = self._clip[k], self._on_host(learning)
+            saved = state.get(rule.name)
+            if saved is None or not _fits(learning.statistic, saved, arrays):
+                anew.append(rule.name)
+                continue
+            rows = {name: i for i, name in enumerate(saved["units"])}
+            width = np.asarray(saved["ring"]).shape[-1]
+            arrays["ring"] = np.zeros((learning.num_units, width))
+            for unit, name in enumerate(self._unit_names(rule)):
+                if name in rows:
+                    for key, values in arrays.items():
+                        values[unit] = np.asarray(saved[key])[rows[name]]
+            doubles = {name: self._statistics_xp.doubles(v) for name, v in arrays.items()}
+            learning.state = State.of(doubles)
+        return anew
+
+    def _on_host(self, learning: _Learning) -> dict[str, Any]:
+        arrays = learning.state.arrays()
+        return {name: np.array(_host(values), dtype=np.float64) for name, values in arrays.items()}
+
+    def _unit_names(self, rule: ClipRule) -> list[str]:
+        if rule.per == "layer":
+            return list(self._layout.layers)
+        if rule.per == "tensor":
+            return [parameter.name for parameter in self._layout.parameters]
+        if rule.per == "group":
+            return [str(group) for group in range(_units(rule, self._layout)[1])]
+        return [rule.per]
 
     def rules(self, present: bytes) -> tuple[Rule, ...]:
         """The K rules over the tensors that are present ([P] one byte each)."""
@@ -109,8 +218,20 @@ def _units(rule: ClipRule, layout: Layout) -> tuple[Indices | None, int]:
     return np.arange(len(layout.parameters), dtype=np.intp), len(layout.parameters)
 
 
-def _points(rule: ClipRule) -> tuple[tuple[int, float], ...]:
+def _points(rule: ClipRule) -> tuple[tuple[int, float], ...] | None:
+    """The limit by step; None for one that is learnt."""
     if isinstance(rule.limit, Schedule):
         return rule.limit.points
-    assert isinstance(rule.limit, float), "statistic limits are refused when a policy is loaded"
-    return ((0, rule.limit),)
+    return None if isinstance(rule.limit, StatisticLimit) else ((0, rule.limit),)
+
+
+def _fits(statistic: StatisticLimit, saved: Mapping[str, Any], arrays: Mapping[str, Any]) -> bool:
+    """Whether a saved history has the shape of one that this rule keeps."""
+    if set(saved) != {"units", *arrays}:
+        return False
+    width = np.asarray(saved["ring"]).shape[-1]
+    return statistic.window == "all" or width == arrays["ring"].shape[-1]
+
+
+def _host(values: Any) -> Any:
+    return values.cpu().numpy() if hasattr(values, "cpu") else values

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from gradwatch.rules.arrays import Arrays, Vector
 
-__all__ = ["Decision", "Norms", "Rule", "Then", "Touch", "decide"]
+__all__ = ["Decision", "Limit", "Norms", "Rule", "Then", "Touch", "decide"]
 
 Then = Literal["scale", "skip", "zero", "stop", "warn"]
 Norms = Mapping[float, Vector]
@@ -58,6 +58,17 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """A limit for each unit of a rule, on the device of the norms."""
+
+    value_U: Vector
+    """inf where there is none."""
+
+    goal: Callable[[Vector], Vector] | None = None
+    """[U] norms of the units to what those over their limit are scaled to; None is the limit."""
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What the chain says about one step. Everything is 0-d or [P], on the norms' device."""
 
@@ -74,6 +85,9 @@ class Decision:
 
     over: tuple[Vector, ...]
     """[K] each a 0-d truth value: some unit of that rule exceeded its limit."""
+
+    units: tuple[Vector, ...]
+    """[K] the raw measure of each unit of that rule."""
 
 
 def decide(
@@ -93,7 +107,7 @@ def decide(
     Args:
         rules: K rules.
         norms: by norm_type the norm of each tensor [P], float32 or float64; 2.0 is always there.
-        limits: K limits, floats or 0-d values of `xp`, all > 0.
+        limits: K limits, floats, 0-d values of `xp` or `Limit`, all > 0.
         xp: the array library of the norms.
         zero_nonfinite: whether a tensor whose norm is not finite becomes 0 before the first rule.
         touch: applies rules per element; needed where there is one that scales or zeroes.
@@ -104,30 +118,42 @@ def decide(
         finite_P = xp.isfinite(raw_P)
         coefs_P = xp.where(finite_P, coefs_P, 0.0)
         norms = {p: xp.where(finite_P, norms_P, 0.0) for p, norms_P in norms.items()}
-    now, over = norms, []
-    for rule, limit in zip(rules, limits, strict=True):
+    now, over, units = norms, [], []
+    changed = zero_nonfinite
+    for rule, given in zip(rules, limits, strict=True):
+        limit, to = (given.value_U, given.goal) if isinstance(given, Limit) else (given, None)
+        units.append(_measured(rule, norms[rule.norm_type], xp))
+        units_U = units[-1]
         if rule.then == "scale":
-            units_U = _measured(rule, _left(now[rule.norm_type], coefs_P, xp), xp)
+            if changed:
+                units_U = _measured(rule, _left(now[rule.norm_type], coefs_P, xp), xp)
             over.append((xp.isfinite(units_U) & (units_U > limit)).any())
         else:
-            units_U = _measured(rule, norms[rule.norm_type], xp)
             over.append((~(units_U <= limit)).any())
         if rule.then not in ("scale", "zero"):
             continue
+        changed = True
         if rule.per_element:
             assert touch is not None, "a rule per element needs the data"
             now = touch(rule, xp.quotient(limit, _selected(rule, coefs_P)), over[-1])
         elif rule.then == "scale":
-            coefs_P = _scaled(rule, coefs_P, clip_coefs(units_U, limit, rule.eps, xp), xp)
+            coefs_U = clip_coefs(units_U, limit, rule.eps, xp, to)
+            coefs_P = _scaled(rule, coefs_P, coefs_U, xp)
         else:
             kept_U = xp.where(units_U <= limit, xp.ones_like(units_U), 0.0)
             coefs_P = _scaled(rule, coefs_P, kept_U, xp)
     clipped_P = _left(now[2.0], coefs_P, xp)
     kept_P = coefs_P if now is norms else _ratio(clipped_P, raw_P, xp)
-    return Decision(xp.norm(raw_P), xp.norm(clipped_P), coefs_P, kept_P, tuple(over))
+    return Decision(xp.norm(raw_P), xp.norm(clipped_P), coefs_P, kept_P, tuple(over), tuple(units))
 
 
-def clip_coefs(norms_U: Vector, limit: Any, eps: float, xp: Arrays) -> Vector:
+def clip_coefs(
+    norms_U: Vector,
+    limit: Any,
+    eps: float,
+    xp: Arrays,
+    to: Callable[[Vector], Vector] | None = None,
+) -> Vector:
     """coef = min(1, limit / (norm + eps)), and 1 where the norm is not finite.
 
     A norm that is not finite says nothing about the length of the gradient; multiplying by
@@ -137,7 +163,11 @@ def clip_coefs(norms_U: Vector, limit: Any, eps: float, xp: Arrays) -> Vector:
         Pascanu et al., On the difficulty of training recurrent neural networks, 2013.
         arXiv:1211.5063. `eps` = 1e-6 is `torch.nn.utils.clip_grad_norm_`.
     """
-    coefs_U = xp.at_most_one(xp.quotient(limit, norms_U + eps))
+    if to is None:
+        coefs_U = xp.at_most_one(xp.quotient(limit, norms_U + eps))
+    else:
+        coefs_U = xp.at_most_one(xp.quotient(to(norms_U), norms_U + eps))
+        coefs_U = xp.where(norms_U > limit, coefs_U, 1.0)
     return xp.where(xp.isfinite(norms_U), coefs_U, 1.0)
 
 

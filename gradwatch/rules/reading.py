@@ -6,6 +6,7 @@ Decision, norms_Q  ->  pack: one vector on the device  ->  unpack: Reading
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +14,9 @@ import numpy as np
 
 from gradwatch.records import Float32s
 from gradwatch.rules.arrays import Arrays, Vector
-from gradwatch.rules.clipping import Decision
+from gradwatch.rules.clipping import Decision, Limit
 
-__all__ = ["Reading", "overflowed", "pack", "unapplied", "unpack"]
+__all__ = ["Reading", "least", "overflowed", "pack", "unapplied", "unpack"]
 
 PLAIN = 4
 """Numbers that come first: both total norms, the loss scale, whether a scaler drops the step."""
@@ -30,6 +31,9 @@ class Reading:
     over: tuple[bool, ...]
     """[K] which rules were over their limit."""
 
+    limits: tuple[float, ...]
+    """[K] the limits of this step; of several units the least."""
+
     norms_Q: Float32s
     kept_Q: Float32s
     """The norm of each tensor after the chain over its norm before."""
@@ -41,12 +45,13 @@ class Reading:
     """Whether a loss scaler drops the step."""
 
 
-def overflowed(num_rules: int) -> Reading:
+def overflowed(limits: Sequence[float | Limit]) -> Reading:
     """A step that a loss scaler dropped before anybody saw its gradients."""
     return Reading(
+        limits=tuple(math.nan if isinstance(one, Limit) else one for one in limits),
         total_norm=math.inf,
         total_norm_clipped=math.inf,
-        over=(False,) * num_rules,
+        over=(False,) * len(limits),
         norms_Q=np.empty(0, dtype=np.float32),
         kept_Q=np.empty(0, dtype=np.float32),
         overflow=True,
@@ -60,23 +65,41 @@ def unapplied(reading: Reading) -> Reading:
     )
 
 
-def pack(decision: Decision, norms_Q: Vector, scale: Any, found_inf: Any, xp: Arrays) -> Vector:
+def least(limit: float | Limit) -> Any:
+    """One number for a limit: a float, or 0-d."""
+    return limit.value_U.min() if isinstance(limit, Limit) else limit
+
+
+def pack(
+    decision: Decision,
+    limits: Sequence[float | Limit],
+    norms_Q: Vector,
+    scale: Any,
+    found_inf: Any,
+    xp: Arrays,
+) -> Vector:
     """All of a reading as one vector, without reading the device; None for what there is not."""
     plain = [decision.total_norm, decision.total_norm_clipped]
     plain += [xp.full_like(plain[0], math.nan) if scale is None else scale]
     plain += [xp.full_like(plain[0], 0.0) if found_inf is None else found_inf]
-    return xp.concat([*plain, *decision.over, norms_Q, decision.kept_P])
+    numbers = [
+        least(limit) if isinstance(limit, Limit) else xp.full_like(plain[0], limit)
+        for limit in limits
+    ]
+    return xp.concat([*plain, *decision.over, *numbers, norms_Q, decision.kept_P])
 
 
 def unpack(vector: Any, num_rules: int) -> Reading:
     """The reading that was packed into a vector, which is on the host now."""
     total_norm, total_norm_clipped, scale, found_inf = (float(x) for x in vector[:PLAIN])
-    tensors = np.asarray(vector[PLAIN + num_rules :], dtype=np.float32)
+    behind = PLAIN + 2 * num_rules
+    tensors = np.asarray(vector[behind:], dtype=np.float32)
     count = len(tensors) // 2
     return Reading(
         total_norm=total_norm,
         total_norm_clipped=total_norm_clipped,
         over=tuple(bool(x) for x in vector[PLAIN : PLAIN + num_rules]),
+        limits=tuple(float(x) for x in vector[PLAIN + num_rules : behind]),
         norms_Q=tensors[:count],
         kept_Q=tensors[count:],
         loss_scale=scale,

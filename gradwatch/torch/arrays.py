@@ -17,6 +17,20 @@ class TorchArrays:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    lib: Any = torch
+
+    def doubles(self, values: Any) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=torch.float64).to(self.device)
+
+    def to_doubles(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.float64)
+
+    def sorted(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sort(dim=-1).values
+
+    def may_be_true(self, x: torch.Tensor) -> bool:
+        return self.device.type != "cpu" or bool(x.any())
+
     def norm(self, x: torch.Tensor, norm_type: float = 2.0) -> torch.Tensor:
         norm: torch.Tensor = torch.linalg.vector_norm(x, norm_type) if x.numel() else x.sum()
         return norm

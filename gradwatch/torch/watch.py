@@ -70,6 +70,7 @@ class TorchWatch(Watch):
             started=started,
             pid=pid,
         )
+        for_the_loop = _accumulates_for_the_loop(policy)
         self._policy = policy
         self._described = parameters
         self._model = weakref.ref(model)
@@ -87,7 +88,7 @@ class TorchWatch(Watch):
             self._hooks = StepHooks(self._optimizer, self.process, self._disarm)
 
         self._unchanged: UnchangedLoop | None = None
-        if _accumulates_for_the_loop(policy) and self._optimizer is not None:
+        if for_the_loop and self._optimizer is not None:
             self._unchanged = UnchangedLoop(tensors, self.window)
 
     @torch.no_grad()

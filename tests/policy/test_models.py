@@ -206,8 +206,8 @@ def test_a_rule_put_together_in_python_is_checked_like_any_other():
 
 
 def test_a_policy_put_together_in_python_is_held_to_what_works():
-    made = Policy(version=1, clip=(ClipRule(limit=StatisticLimit(z=4)),))
-    with pytest.raises(PolicyError, match=r"<policy>: clip\[0\].limit: statistic limits are not"):
+    made = Policy(version=1, clip=(ClipRule(limit=StatisticLimit(z=4), per="unit"),))
+    with pytest.raises(PolicyError, match=r"<policy>: clip\[0\].per: unit is not supported"):
         load_policy(made)
 
 

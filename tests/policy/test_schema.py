@@ -41,6 +41,7 @@ def test_every_key_carries_its_sentence():
 
 RIGHT = [
     "version: 1",
+    "{version: 1, clip: [{limit: {z: 4}}, {limit: {quantile: 0.9, window: all, learn: raw}}]}",
     "{version: 1, accumulate: {steps: 8, weigh: sum}, guard: {nonfinite: zero}}",
     "{version: 1, accumulate: {steps: {0: 1, 1000: 4}, drive: loop, partial: carry}}",
     "{version: 1, clip: [{limit: 1, measure: l3.5, then: zero}, {limit: 1, per: element}]}",
@@ -69,7 +70,9 @@ WRONG = [
     "{version: 1, clip: [{limit: -1}]}",
     "{version: 1, clip: [{limit: yes}]}",
     "{version: 1, clip: [{limit: {}}]}",
-    "{version: 1, clip: [{limit: {z: 4}}]}",
+    "{version: 1, clip: [{limit: {z: 4, ratio: 2}}]}",
+    "{version: 1, clip: [{limit: {window: 128}}]}",
+    "{version: 1, clip: [{use: agc}]}",
     "{version: 1, clip: [{limit: {0: -1}}]}",
     "{version: 1, clip: [{limit: 1, limt: 1}]}",
     "{version: 1, clip: [{limit: 1, per: unit}]}",

@@ -15,14 +15,6 @@ def complaints(text: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-def test_a_statistic_limit_is_refused_by_name():
-    text = "version: 1\nclip:\n\n\n\n\n  - limit: {z: 4}\n"
-    assert complaints(text) == [
-        "policy.yaml:7:5: clip[0].limit: statistic limits are not supported by this version yet. "
-        "Use a number or a schedule"
-    ]
-
-
 RULES = {
     "{use: agc}": "5: clip[0].use: presets are not supported by this version yet. "
     "Write the keys out",
@@ -61,8 +53,7 @@ def test_a_detector_to_come_is_refused_by_name(kind):
 
 def test_what_is_refused_does_not_hide_other_mistakes():
     assert complaints("version: 1\nclip: [{limit: {z: -1}, per: x}, {use: agc, nme: a}]") == [
-        "policy.yaml:2:9: clip[0].limit: statistic limits are not supported by this version yet. "
-        "Use a number or a schedule",
+        "policy.yaml:2:17: clip[0].limit.z must be > 0. Received: -1",
         "policy.yaml:2:25: clip[0].per must be all, group, layer, tensor or element. Received: x",
         "policy.yaml:2:35: clip[1].use: presets are not supported by this version yet. "
         "Write the keys out",
