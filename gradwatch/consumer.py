@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from gradwatch.recording.ring import Ring
@@ -70,7 +71,7 @@ class Consumer:
     ) -> None:
         self.callbacks: list[Callable[[Anomaly], None]] = []
         self._ring = ring
-        self._detection = detection
+        self.detection = detection
         self._tally = tally
         self._store = store
         self._report = report
@@ -88,6 +89,7 @@ class Consumer:
         """The open record, handled before its time."""
 
         self._open_since = (-1, 0.0)
+        self._handling = threading.Lock()
         self._idle = threading.Condition()
         self._rounds = 0
         self._thread = threading.Thread(target=self._run, name="gradwatch-consumer", daemon=True)
@@ -125,18 +127,25 @@ class Consumer:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No record is handled meanwhile."""
+        with self._handling:
+            yield
+
     def finished(self) -> dict[int, StepRecord]:
         """The newest handled records with their anomalies, by step."""
         return {record.step: record for record in tuple(self._finished)}
 
     def open_anomalies(self) -> dict[str, tuple[str, ...]]:
         """Kinds with an open alert, each with its layers."""
-        return self._detection.active()
+        return self.detection.active()
 
     def _run(self) -> None:
         while True:
             stopping = self._stopping
-            self._guarded("readback", self._round)
+            with self._handling:
+                self._guarded("readback", self._round)
             with self._idle:
                 self._rounds += 1
                 self._idle.notify_all()
@@ -169,7 +178,7 @@ class Consumer:
             self._early = self._handled(overdue)
             self._finished.append(self._early)
             new = [self._early]
-        self._guarded("export", self._tally.set_active, self._detection.active())
+        self._guarded("export", self._tally.set_active, self.detection.active())
         dropped = self._ring.dropped + self.unstored
         self._guarded("export", self._tally.set_records_dropped, dropped)
         for record in new:
@@ -196,7 +205,7 @@ class Consumer:
 
     def _diagnosed(self, record: StepRecord) -> StepRecord:
         try:
-            anomalies = self._detection.observe(record)
+            anomalies = self.detection.observe(record)
         except Exception:
             self._report("detection")
             return record

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -168,6 +168,27 @@ class Engine:
         histories = self._chain.state_dict()
         self._chain = self._new_chain(layout)
         self._chain.load_state_dict(histories)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must outlive the process: steps, skips that still count, histories by rule."""
+        self.catch_up(wait=True)
+        return {
+            "num_steps": self.num_steps,
+            "skips": self._skips.state_dict(),
+            "rules": self._chain.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict`; rules that it does not know begin anew, and are named."""
+        self.catch_up(wait=True)
+        anew = self._chain.load_state_dict(state["rules"])
+        self.num_steps = int(state["num_steps"])
+        self._skips = SkipHistory.of(state["skips"])
+        if anew:
+            say(
+                logging.WARNING, "the histories of %s were not saved, or learn in another way "
+                "now: they begin anew", ", ".join(anew),
+            )  # fmt: skip
 
     def _new_chain(self, layout: Layout) -> Chain:
         xp = self._backend.xp

@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self, SupportsFloat, TypeVar
+from typing import Any, Self, SupportsFloat, TypeVar
 
 from gradwatch.accumulation import MicroBatch, Window, micro_batches
 from gradwatch.engine import Backend, Engine, StepContext
-from gradwatch.errors import PolicyError, TrainingStopped
+from gradwatch.errors import GradwatchError, PolicyError, TrainingStopped
 from gradwatch.pipeline import Pipeline
 from gradwatch.policy import Policy
 from gradwatch.records import Anomaly, RunInfo, StepRecord
@@ -24,6 +24,7 @@ from gradwatch.saying import say
 __all__ = ["Watch"]
 
 Batch = TypeVar("Batch")
+STATE_VERSION = 1
 RECENT = 100
 """Steps that `repr` looks back at."""
 
@@ -161,6 +162,53 @@ class Watch:
             self.pipeline.report("measure")
             return StepContext()
         return context
+
+    # Going on later
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if it had not stopped: put it in your checkpoint.
+
+        Plain values, lists and NumPy arrays, by the names of rules, layers and parameters. A window
+        of micro-batches that is not finished is not part of it: save between optimizer steps.
+
+        Raises:
+            GradwatchError: micro-batches are accumulated at this moment.
+        """
+        if self.window.count:
+            raise GradwatchError(
+                f"{self.window.count} of {self.window.num_steps} micro-batches are accumulated, "
+                "and their gradients are not part of a checkpoint. Save behind optimizer.step()"
+            )
+        self.flush()
+        with self.pipeline.consumer.paused():
+            detection = self.pipeline.consumer.detection.state_dict()
+        return {
+            "version": STATE_VERSION,
+            "engine": self._engine.state_dict(),
+            "detection": detection,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken; before the first step.
+
+        Rules that are new, or learn in another way, begin anew with one warning, and so does
+        detection where layers or detectors are others.
+
+        Raises:
+            GradwatchError: it is the state of another version.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise GradwatchError(
+                f"the state must be of version {STATE_VERSION}. "
+                f"Received: {state.get('version')!r}. Leave it out to begin anew"
+            )
+        self._engine.load_state_dict(state["engine"])
+        self.window.step = self._engine.num_steps
+        try:
+            with self.pipeline.consumer.paused():
+                self.pipeline.consumer.detection.load_state_dict(state["detection"])
+        except ValueError as error:
+            say(logging.WARNING, "detection begins anew: %s", error)
 
     # Accumulation
 

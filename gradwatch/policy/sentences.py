@@ -8,6 +8,7 @@ from gradwatch.policy.accumulate import Accumulate
 from gradwatch.policy.clip import ClipRule
 from gradwatch.policy.forms import Schedule
 from gradwatch.policy.models import Depth, Guard, Policy
+from gradwatch.policy.statistic import StatisticLimit
 
 __all__ = ["sentences"]
 
@@ -133,10 +134,27 @@ def _selection(rule: ClipRule) -> str:
 
 
 def _limit(rule: ClipRule) -> str:
+    if isinstance(rule.limit, StatisticLimit):
+        return _statistic(rule.limit)
     if not isinstance(rule.limit, Schedule):
         return f"{rule.limit:g}"
     points = [f"{value:g} at step {step}" for step, value in rule.limit.points]
     return f"a limit of {', then '.join(points)} (linear between)"
+
+
+def _statistic(limit: StatisticLimit) -> str:
+    if limit.z is not None:
+        of = "logarithm" if limit.space == "log" else "value"
+        said = f"its mean by {limit.z:g} standard deviations of the {of}"
+    elif limit.ratio is not None:
+        said = f"{limit.ratio:g} times its moving average"
+    else:
+        said = f"the {limit.quantile:g} quantile of its history"
+    until = "not limited" if limit.until is None else f"limited to {limit.until:g}"
+    said += f", {until} for the first {limit.warmup}"
+    if limit.min is not None:
+        said += f", at least {limit.min:g}"
+    return said if limit.max is None else f"{said}, at most {limit.max:g}"
 
 
 def _detectors(policy: Policy) -> str:

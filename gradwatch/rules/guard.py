@@ -6,8 +6,9 @@ guard, rules, over_K, total_norm, history  ->  Verdict, history
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gradwatch.policy import Guard
 from gradwatch.rules.clipping import Rule
@@ -26,6 +27,13 @@ class SkipHistory:
     in_a_row: int = 0
     recent: tuple[int, ...] = ()
     """Steps of the skips within the budget's span, oldest first."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"in_a_row": self.in_a_row, "recent": list(self.recent)}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> SkipHistory:
+        return cls(int(state["in_a_row"]), tuple(int(step) for step in state["recent"]))
 
 
 @dataclass(frozen=True, slots=True)

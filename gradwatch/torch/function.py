@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from gradwatch.errors import PolicyError, TrainingStopped
-from gradwatch.policy import Policy, check_against
+from gradwatch.policy import Policy, StatisticLimit, check_against
 from gradwatch.records import Layout, Parameter
 from gradwatch.rules.chain import Chain
 from gradwatch.rules.clipping import Norms, Rule, decide
@@ -30,6 +30,11 @@ def clip_grads_(parameters: Parameters, policy: Policy) -> torch.Tensor:
     if policy.accumulate is not None:
         raise PolicyError(f"{policy.source}: clip_grads_ sees no micro-batches: leave accumulate "
                           "out, or attach a watch")  # fmt: skip
+    if learns := [rule.name for rule in policy.clip if isinstance(rule.limit, StatisticLimit)]:
+        raise PolicyError(
+            f"{policy.source}: clip_grads_ has no history that {learns[0]} could learn from: give "
+            "it a number or a schedule, or attach a watch"
+        )
     tensors, described = _listed(parameters)
     layout = Layout.of(described, policy.grouping)
     check_against(policy, layout)

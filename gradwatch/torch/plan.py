@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gradwatch.policy import Policy, select
+from gradwatch.policy import ClipRule, Policy, StatisticLimit, select
 from gradwatch.records import Layout
 from gradwatch.torch.fused import fits
 
@@ -74,6 +74,10 @@ def _has_one_scale(policy: Policy, layout: Layout) -> bool:
     return all(rule.per == "all" and len(select(rule, layout)) == whole for rule in scaling)
 
 
+def _keeps_everything(rule: ClipRule) -> bool:
+    return isinstance(rule.limit, StatisticLimit) and rule.limit.window == "all"
+
+
 def _why_read(
     policy: Policy,
     optimizer: torch.optim.Optimizer | None,
@@ -89,6 +93,8 @@ def _why_read(
         return f"{who[0]} stops the run"
     if who := policy.who("zero"):
         return f"{who[0]} zeroes, and 0 times NaN is NaN"
+    if unbounded := [rule.name for rule in policy.clip if _keeps_everything(rule)]:
+        return f"{unbounded[0]} keeps all of its history (window: all), which is on the host"
     if not (who := policy.who("skip")):
         return ""
     if not fused:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradwatch.policy import StatisticLimit
@@ -149,6 +149,7 @@ def test_a_spike_is_contained_and_a_new_level_is_accepted():
 
 
 @pytest.mark.parametrize("name", EVERY)
+@settings(max_examples=12)
 @given(
     bad=st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -1.0]),
     at=st.integers(0, 200),
@@ -174,6 +175,7 @@ def test_a_step_that_is_not_usable_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in ("adagc", "bounded")])
+@settings(max_examples=12)
 @given(power=st.integers(-20, 20), seed=st.integers(0, 99))
 def test_scaling_every_norm_scales_every_limit(name, power, seed):
     norms = np.random.default_rng(seed).lognormal(sigma=0.3, size=160)

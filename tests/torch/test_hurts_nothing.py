@@ -194,7 +194,7 @@ def test_a_detector_that_raises(task, attach, unwatched, monkeypatch, error):
     def broken(_: object) -> None:
         raise error("no")
 
-    monkeypatch.setattr(watch.pipeline.consumer._detection, "observe", broken)
+    monkeypatch.setattr(watch.pipeline.consumer.detection, "observe", broken)
     train(task, optimizer)
     watch.flush()
     assert_same(task, unwatched)

@@ -31,6 +31,12 @@ FUSED = {
 }
 CLIP = [{"limit": 1.0}]
 SKIP = [{"limit": 1.0}, {"limit": 50.0, "then": "skip", "name": "spike"}]
+LEARNING = [
+    {"limit": {"z": 4, "warmup": 2}},
+    {"limit": {"z": 3, "space": "raw", "warmup": 1, "to": "reciprocal"}, "name": "nearer"},
+    {"per": "layer", "limit": {"ratio": 2, "warmup": 1}},
+    {"limit": {"quantile": 0.9, "window": 4, "warmup": 2}, "then": "warn", "name": "told"},
+]
 PER_LAYER = [{"limit": 1.0, "per": "layer"}, {"per": "element", "limit": 0.1}]
 
 
@@ -78,6 +84,12 @@ ROWS = {
     "fused, one scale": (policy(CLIP, nonfinite="skip"), "adamw", (False, True)),
     "fused, one scale, a rule skips": (policy(SKIP, nonfinite="skip"), "momentum", (False, True)),
     "fused, a scale for each": (policy(PER_LAYER, nonfinite="skip"), "adamw", (False, True)),
+    "fused, limits that learn": (policy(LEARNING, nonfinite="skip"), "adamw", (False, True)),
+    "fused, all of a history": (
+        policy([{"limit": {"quantile": 0.9, "window": "all"}}], nonfinite="skip"),
+        "adamw",
+        (True, True),
+    ),
     "not fused, nothing needs the host": (policy(CLIP), None, (False, False)),
     "not fused, a scale for each": (policy(PER_LAYER), None, (False, False)),
     "not fused, with skip": (policy(CLIP, nonfinite="skip"), None, (True, False)),
@@ -157,13 +169,13 @@ STEPS = [(0, 0.1), (1, 10.0), (2, 1e3), (3, math.nan), (4, 1.0), (5, 20.0), (6, 
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2, 9])
-@pytest.mark.parametrize("clip", ["CLIP", "SKIP", "PER_LAYER"])
+@pytest.mark.parametrize("clip", ["CLIP", "SKIP", "PER_LAYER", "LEARNING"])
 @pytest.mark.parametrize("name", FUSED)
 def test_deciding_unread_does_what_deciding_on_the_host_does(name, clip, lag):
     """The same steps on both ways: same parameters, same records, in order."""
     a_policy = policy(globals()[clip], nonfinite="skip")
     runs = []
-    for plan in (unread(True, one_scale=clip != "PER_LAYER"), None):
+    for plan in (unread(True, one_scale=clip in ("CLIP", "SKIP")), None):
         tensors = parameters("cpu")
         optimizer = FUSED[name](tensors)
         engine, backend, failures = engine_on(tensors, optimizer, a_policy, Injected(lag), plan)
@@ -185,6 +197,7 @@ def test_deciding_unread_does_what_deciding_on_the_host_does(name, clip, lag):
         assert mine.skipped == other.skipped
         assert mine.fired == other.fired
         assert mine.clipped == other.clipped
+        assert mine.limits == pytest.approx(other.limits, rel=1e-6)
         np.testing.assert_allclose(mine.tensor_coefs_P, other.tensor_coefs_P, rtol=1e-6)
         np.testing.assert_allclose(mine.tensor_norms_P, other.tensor_norms_P, rtol=1e-6)
 

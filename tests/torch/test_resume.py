@@ -1,0 +1,139 @@
+"""A saved and restored run equals the one that was never interrupted."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import gradwatch
+
+POLICY = {
+    "version": 1,
+    "guard": {"patience": 3},
+    "clip": [
+        {"name": "adaptive", "limit": {"z": 4, "warmup": 10}},
+        {"name": "layers", "per": "layer", "limit": {"ratio": 1.5, "warmup": 5}},
+        {
+            "name": "spikes",
+            "limit": {"z": 6, "space": "raw", "window": 16, "warmup": 8},
+            "then": "skip",
+        },
+        {"name": "scheduled", "limit": {0: 10, 40: 1}},
+    ],
+}  # fmt: skip
+
+
+def adam(task):
+    return torch.optim.AdamW(task.model.parameters(), lr=1e-2)
+
+
+def run(task, optimizer, steps: range) -> None:
+    for step in steps:
+        task.gradient(step, 200.0 if step in (13, 33) else 1.0)
+        if step in (17, 31):
+            task.model.head.bias.grad[0] = math.nan
+        optimizer.step()
+
+
+def test_a_restored_run_goes_on_to_the_bit(task, attach):
+    other = task.copy()
+    whole, part = adam(task), adam(other)
+    watch = attach(task.model, whole, POLICY)
+    run(task, whole, range(50))
+
+    first = attach(other.model, part, POLICY)
+    run(other, part, range(25))
+    checkpoint = io.BytesIO()
+    state = first.state_dict()
+    torch.save({"model": other.model.state_dict(), "optimizer": part.state_dict()}, checkpoint)
+    first.close()
+    checkpoint.seek(0)
+    saved = torch.load(checkpoint)
+    fresh = task.copy()
+    fresh.model.load_state_dict(saved["model"])
+    resumed = adam(fresh)
+    resumed.load_state_dict(saved["optimizer"])
+    second = attach(fresh.model, resumed, POLICY)
+    second.load_state_dict(copy.deepcopy(state))
+    run(fresh, resumed, range(25, 50))
+
+    pairs = zip(task.parameters(), fresh.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    for record, expected in zip(second.history(25), watch.history(25), strict=True):
+        assert record.step == expected.step
+        assert record.limits == expected.limits
+        assert (record.fired, record.skipped) == (expected.fired, expected.skipped)
+    assert any(record.clipped for record in second.history(25))
+    assert {record.skipped for record in watch.history(50)} == {None, "nonfinite", "spikes"}
+
+
+def test_the_state_is_plain_values_and_arrays(task, attach):
+    optimizer = adam(task)
+    watch = attach(task.model, optimizer, POLICY)
+    run(task, optimizer, range(15))
+
+    def leaves(value):
+        if isinstance(value, dict):
+            assert all(isinstance(key, str) for key in value)
+            for one in value.values():
+                yield from leaves(one)
+        elif isinstance(value, list):
+            for one in value:
+                yield from leaves(one)
+        else:
+            yield value
+
+    kinds = {type(leaf) for leaf in leaves(watch.state_dict())}
+    assert kinds <= {int, float, str, bool, np.ndarray}
+
+
+def test_histories_are_found_again_by_the_names_of_rules_and_units(task, attach, caplog):
+    optimizer = adam(task)
+    watch = attach(task.model, optimizer, POLICY)
+    run(task, optimizer, range(20))
+    state = watch.state_dict()
+    watch.close()
+    rules = [{**POLICY["clip"][1]}, {"name": "new", "limit": {"z": 3}}, {**POLICY["clip"][0]}]
+    second = attach(task.model, adam(task), {"version": 1, "clip": rules})
+    second.load_state_dict(state)
+    assert "the histories of new were not saved" in caplog.text
+    task.gradient(21)
+    second.process()
+    limits = second.latest.limits
+    assert limits["layers"] < math.inf
+    assert limits["adaptive"] < math.inf
+    assert limits["new"] == math.inf
+
+
+def test_a_state_of_another_version_is_refused(task, attach):
+    watch = attach(task.model, adam(task), POLICY)
+    with pytest.raises(gradwatch.GradwatchError, match=r"must be of version 1\. Received: 7"):
+        watch.load_state_dict({"version": 7})
+
+
+def test_a_checkpoint_in_the_middle_of_a_window_is_refused(task, attach):
+    optimizer = adam(task)
+    watch = attach(task.model, optimizer, {"version": 1, "accumulate": {"steps": 4}})
+    task.gradient(0)
+    optimizer.step()
+    with pytest.raises(gradwatch.GradwatchError, match="1 of 4 micro-batches are accumulated"):
+        watch.state_dict()
+
+
+def test_the_limit_that_was_in_force_is_recorded_and_holds(task, attach):
+    optimizer = adam(task)
+    watch = attach(
+        task.model, optimizer, {"version": 1, "clip": [{"limit": {"z": 4, "warmup": 10}}]}
+    )
+    run(task, optimizer, range(13))
+    task.gradient(13, 500.0)
+    optimizer.step()
+    record = watch.latest
+    assert record.clipped
+    assert record.total_norm_clipped == pytest.approx(record.limits["global"], rel=1e-6)
+    assert record.total_norm > 50 * record.total_norm_clipped
