@@ -15,104 +15,29 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from gradwatch.backend import Backend, StepContext
 from gradwatch.errors import TrainingStopped
 from gradwatch.policy import Policy
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Row
 from gradwatch.records import Bools, Float32s, Layout, RunInfo
-from gradwatch.rules.arrays import NUMPY, Arrays, Vector
+from gradwatch.rules.arrays import NUMPY, Vector
 from gradwatch.rules.chain import Chain
 from gradwatch.rules.clipping import Decision, Limit, Norms, Rule, decide
 from gradwatch.rules.guard import OVERFLOW, SkipHistory, Verdict, judge
 from gradwatch.rules.reading import Reading, least, overflowed, pack, unapplied, unpack
 from gradwatch.saying import say
 
-__all__ = ["Backend", "Engine", "StepContext"]
+__all__ = ["Engine"]
 
 TOLERATED_FAILURES = 3
 """Failures of our own in a row after which `guard.on_error` applies."""
-
-
-class Gradients(Protocol):
-    """The gradients of one step, as a backend hands them round."""
-
-    present: bytes
-    """[P] 1 where the parameter has a gradient."""
-
-    loss_scale: Any
-    """What the gradients are still multiplied by: 0-d, or None where they are not."""
-
-    found_inf: Any
-    """Whether a loss scaler will drop the step: 0-d, not 0 where it will; None without one."""
-
-
-class Backend(Protocol):
-    """What a framework does with gradients. Q of the P watched parameters have one."""
-
-    xp: Arrays
-
-    reads_host: bool
-    """Whether decisions are read before they are applied."""
-
-    def gather(self, factor: float) -> Any:
-        """The gradients that are due now; what the optimizer is due to see is `factor` of them."""
-
-    def measure(self, gradients: Any, norm_type: float) -> Vector:
-        """[Q] p-norm of each present tensor, times the factor; where the host may be read right
-        also where float32 overflows."""
-
-    def touch(
-        self, gradients: Any, rule: Rule, bounds_S: Vector, over: Vector, norms: Norms, apply: bool
-    ) -> Norms:
-        """Clamps or zeroes elements beyond their bound, and measures again.
-
-        Args:
-            bounds_S: for each tensor that the rule selects.
-            over: 0-d, whether any element exceeds its bound.
-            norms: of all tensors as they are.
-            apply: whether in place; else only the norms are found out.
-        """
-
-    def host(self, vector: Vector) -> Float32s:
-        """A vector, on the host."""
-
-    def scale(self, gradients: Any, coefs_Q: Vector, on_host_Q: Float32s) -> None:
-        """Multiplies each gradient by its coef and the factor; the coefs come twice."""
-
-    def drop(self, gradients: Any) -> None:
-        """Makes the step that is due one without gradients."""
-
-    def apply(self, gradients: Any, coefs_Q: Vector, skip: Vector | None) -> None:
-        """Scales, and drops where `skip` (0-d) says so, without reading the device."""
-
-    def send(self, packed: Vector, what: Any) -> None:
-        """Begins to copy a vector to the host; `what` comes back with it."""
-
-    def arrived(self, *, wait: bool) -> Iterable[tuple[Any, Any]]:
-        """The vectors that have come to the host since, in order, each with what was sent along."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepContext:
-    """What the loop knows about the step that is due."""
-
-    micro_batches: int = 1
-    weight: float = 1.0
-    factor: float = 1.0
-    """What the gradients are multiplied by to be what the optimizer is due to see."""
-
-    learning_rate: float = math.nan
-    loss_scale: float = math.nan
-    """NaN without a loss scaler."""
-
-    overflows: int = 0
-    """Steps that a loss scaler has dropped since the last one."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Any, Self, SupportsFloat, TypeVar
 
 from gradwatch.accumulation import MicroBatch, Window, micro_batches
-from gradwatch.engine import Backend, Engine, StepContext
+from gradwatch.backend import Backend, StepContext
+from gradwatch.engine import Engine
 from gradwatch.errors import GradwatchError, PolicyError, TrainingStopped
 from gradwatch.pipeline import Pipeline
 from gradwatch.policy import Policy

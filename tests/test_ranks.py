@@ -23,6 +23,7 @@ RANKS = {
     "consumer": 5,
     "pipeline": 5,
     "engine": 5,
+    "backend": 5,
     "accumulation": 5,
     "watch": 5,
     "torch": 6,

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["NUMPY", "Arrays", "Vector"]
+from gradwatch.rules.rings import NumberRings, Rings
+
+__all__ = ["NUMBERS", "NUMPY", "Arrays", "Vector"]
 
 Vector = Any
 """A short float vector or 0-d value of NumPy, torch or TensorFlow."""
@@ -51,6 +53,19 @@ class Arrays(Protocol):
     def may_be_true(self, x: Vector) -> bool:
         """False only where it is known on the host that no entry is true."""
 
+    def ring(self, values: Any) -> Any:
+        """See `gradwatch.rules.rings`, as for the next four."""
+
+    def ring_pushed(
+        self, ring_UW: Any, count_U: Any, x_U: Any, accept_U: Any, *, grows: bool
+    ) -> Any: ...
+
+    def ring_moments(self, ring_UW: Any, count_U: Any) -> tuple[Any, Any]: ...
+
+    def ring_quantile(self, ring_UW: Any, count_U: Any, quantile: float) -> Any: ...
+
+    def ring_median_and_mad(self, ring_UW: Any) -> tuple[Any, Any]: ...
+
     def ones_like(self, x: Vector) -> Vector: ...
 
     def full_like(self, x: Vector, value: float) -> Vector: ...
@@ -72,7 +87,7 @@ class Arrays(Protocol):
         """x with x[index] multiplied by `by`; a new vector."""
 
 
-class _NumPy:
+class _NumPy(Rings):
     lib: Any = np
 
     def doubles(self, values: Any) -> Vector:
@@ -136,4 +151,54 @@ class _NumPy:
         return out
 
 
+class _Floats:
+    """NumPy's names on plain floats."""
+
+    @staticmethod
+    def where(condition: bool, x: float, y: float) -> float:
+        return x if condition else y
+
+    @staticmethod
+    def exp(x: float) -> float:
+        return math.exp(x) if x < 709 else math.inf
+
+    @staticmethod
+    def log(x: float) -> float:
+        return math.log(x) if x > 0 else (-math.inf if x == 0 else math.nan)
+
+    @staticmethod
+    def sqrt(x: float) -> float:
+        return math.sqrt(x) if x >= 0 else math.nan
+
+    @staticmethod
+    def divide(x: float, y: float) -> float:
+        if y:
+            return x / y
+        return math.copysign(math.inf, x) if x else math.nan
+
+    @staticmethod
+    def clip(x: float, low: float, high: float) -> float:
+        return min(max(x, low), high) if x == x else x
+
+    abs = staticmethod(abs)
+    isfinite = staticmethod(math.isfinite)
+
+
+class _Numbers(NumberRings):
+    """One unit on the host: a vector is a float. What histories need, not what rules need."""
+
+    lib: Any = _Floats
+
+    def doubles(self, values: Any) -> float:
+        return float(np.asarray(values).reshape(-1)[0])
+
+    def to_doubles(self, x: Any) -> float:
+        return float(x)
+
+    def may_be_true(self, x: bool) -> bool:
+        return x
+
+
 NUMPY: Arrays = _NumPy()
+NUMBERS: Any = _Numbers()
+"""Histories of one unit on the host."""

@@ -8,6 +8,7 @@ of present tensors and kept. Units are numbered over the whole layout and do not
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import numpy as np
 
 from gradwatch.policy import ClipRule, Policy, Schedule, StatisticLimit, select
 from gradwatch.records import Bools, Indices, Layout
-from gradwatch.rules.arrays import Arrays, Vector
+from gradwatch.rules.arrays import NUMBERS, NUMPY, Arrays, Vector
 from gradwatch.rules.clipping import Decision, Limit, Rule
 from gradwatch.rules.limits import limit_at
 from gradwatch.rules.statistics import Bounds, State, begun, bounds, goal, learned
@@ -35,8 +36,18 @@ class _Learning:
 
     statistic: StatisticLimit
     num_units: int
+    xp: Any
     state: State
     found: Bounds | None = None
+
+    @classmethod
+    def begun(cls, statistic: StatisticLimit, num_units: int, xp: Any) -> _Learning:
+        xp = NUMBERS if num_units == 1 and xp is NUMPY else xp
+        return cls(statistic, num_units, xp, begun(statistic, num_units, xp))
+
+    def quiet(self) -> contextlib.AbstractContextManager[object]:
+        """Not a word of what divides by 0 in units without a history."""
+        return np.errstate(all="ignore") if self.xp is NUMPY else contextlib.nullcontext()
 
 
 class Chain:
@@ -51,9 +62,8 @@ class Chain:
                 norms: on short vectors it is several times faster than a tensor library.
         """
         self._clip = policy.clip
-        self._statistics_xp = statistics_xp or xp
         self._statistics = {
-            k: _Learning(rule.limit, num_units, begun(rule.limit, num_units, self._statistics_xp))
+            k: _Learning.begun(rule.limit, num_units, statistics_xp or xp)
             for k, rule in enumerate(policy.clip)
             if isinstance(rule.limit, StatisticLimit)
             for num_units in (_units(rule, layout)[1],)
@@ -79,8 +89,8 @@ class Chain:
 
     def _learnt(self, k: int) -> Limit:
         learning, xp = self._statistics[k], self._xp
-        with np.errstate(all="ignore"):
-            found = bounds(learning.statistic, learning.state, self._statistics_xp)
+        with learning.quiet():
+            found = bounds(learning.statistic, learning.state, learning.xp)
         learning.found = found
         if learning.statistic.to == "limit" or learning.statistic.quantile is not None:
             return Limit(xp.doubles(found.limit_U))
@@ -97,12 +107,14 @@ class Chain:
         Args:
             usable: 0-d, whether its whole gradient is finite.
         """
-        xp = self._statistics_xp
         for k, learning in self._statistics.items():
             if learning.found is None:
                 continue
-            units_U = xp.to_doubles(decision.units[k]).reshape(-1)
-            with np.errstate(all="ignore"):
+            xp = learning.xp
+            units_U = xp.to_doubles(decision.units[k])
+            if learning.num_units == 1 and xp is not NUMBERS:
+                units_U = units_U.reshape(1)
+            with learning.quiet():
                 learning.state = learned(
                     learning.statistic, learning.state, learning.found, units_U, usable, xp
                 )
@@ -138,13 +150,18 @@ class Chain:
                 if name in rows:
                     for key, values in arrays.items():
                         values[unit] = np.asarray(saved[key])[rows[name]]
-            doubles = {name: self._statistics_xp.doubles(v) for name, v in arrays.items()}
-            learning.state = State.of(doubles)
+            ring = learning.xp.ring(arrays.pop("ring"))
+            vectors = {name: learning.xp.doubles(values) for name, values in arrays.items()}
+            learning.state = State.of({**vectors, "ring": ring})
         return anew
 
     def _on_host(self, learning: _Learning) -> dict[str, Any]:
-        arrays = learning.state.arrays()
-        return {name: np.array(_host(values), dtype=np.float64) for name, values in arrays.items()}
+        arrays = {
+            name: np.array(_host(values), dtype=np.float64)
+            for name, values in learning.state.arrays().items()
+        }
+        ring = arrays.pop("ring").reshape(learning.num_units, -1)
+        return {name: values.reshape(-1) for name, values in arrays.items()} | {"ring": ring}
 
     def _unit_names(self, rule: ClipRule) -> list[str]:
         if rule.per == "layer":

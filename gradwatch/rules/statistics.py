@@ -3,7 +3,8 @@
     State, norms_U  ->  bounds (from before this step)  ->  State with this step learned
 
 One state for each (rule, unit), as vectors over the U units of a rule, in float64. Everything is
-arithmetic on whole vectors, so that it runs on NumPy and on a device, where no value is read.
+arithmetic on whole vectors, so that it runs on NumPy and on a device, where no value is read. A
+rule of one unit on the host runs the same lines on plain floats (`NUMBERS`), some ten times faster.
 
 With a statistic z in log space, x = ln n, after t accepted values:
 
@@ -75,14 +76,14 @@ def begun(statistic: StatisticLimit, num_units: int, xp: Arrays) -> State:
     """A history of nothing."""
     zeros_U = xp.doubles(np.zeros(num_units))
     width = _ring_width(statistic)
-    return State(zeros_U, zeros_U, zeros_U, xp.doubles(np.zeros((num_units, width))))
+    return State(zeros_U, zeros_U, zeros_U, xp.ring(np.zeros((num_units, width))))
 
 
 def bounds(statistic: StatisticLimit, state: State, xp: Arrays) -> Bounds:
     """The limits of the step that is due; that step has no part in them."""
     lib = xp.lib
     if statistic.window is not None and statistic.quantile is None:
-        mu_U, v_U = _window_moments(state, xp)
+        mu_U, v_U = xp.ring_moments(state.ring_UW, state.count_U)
     else:
         mu_U, v_U = state.mu_U, state.v_U
     sigma_U = lib.sqrt(v_U)
@@ -94,7 +95,8 @@ def bounds(statistic: StatisticLimit, state: State, xp: Arrays) -> Bounds:
     elif statistic.ratio is not None:
         limit_U = statistic.ratio * mu_U
     else:
-        limit_U = _quantile(statistic, state, xp)
+        assert statistic.quantile is not None
+        limit_U = xp.ring_quantile(state.ring_UW, state.count_U, statistic.quantile)
     low = -math.inf if statistic.min is None else statistic.min
     high = math.inf if statistic.max is None else statistic.max
     limit_U = lib.clip(limit_U, low, high)
@@ -114,8 +116,8 @@ def goal(statistic: StatisticLimit, found: Bounds, norms_U: Vector, xp: Arrays) 
         return _at_most(centre_U, found.limit_U, lib)
     # ZClip: the further out, the nearer to the mean.
     x_U = lib.log(norms_U) if _in_logs(statistic) else norms_U
-    score_U = (x_U - found.mu_U) / found.sigma_U
-    x_U = found.mu_U + statistic.z**2 / score_U * found.sigma_U
+    score_U = lib.divide(x_U - found.mu_U, found.sigma_U)
+    x_U = found.mu_U + lib.divide(statistic.z**2 * found.sigma_U, score_U)
     return _at_most(lib.exp(x_U) if _in_logs(statistic) else x_U, found.limit_U, lib)
 
 
@@ -140,7 +142,7 @@ def learned(
     warm_U = state.count_U >= _warmup(statistic)
     taken_U = lib.where(accept_U, norms_U, 1.0 + 0 * state.count_U)
     if statistic.learn == "accepted":
-        accept_U = accept_U & ~over_U
+        accept_U = lib.where(over_U, False, accept_U)
     elif statistic.learn == "clipped":
         taken_U = lib.where(over_U, goal(statistic, found, taken_U, xp), taken_U)
     x_U = lib.log(taken_U) if _in_logs(statistic) else taken_U
@@ -152,7 +154,9 @@ def learned(
         count_U,
         lib.where(accept_U, mu_U, state.mu_U),
         lib.where(accept_U, v_U, state.v_U),
-        _pushed(statistic, state, x_U, accept_U, xp),
+        xp.ring_pushed(
+            state.ring_UW, state.count_U, x_U, accept_U, grows=statistic.window == "all"
+        ),
     )
     return _restarted(statistic, state, after, xp)
 
@@ -170,24 +174,22 @@ def _moments(
         in_warmup_U = count_U <= _warmup(statistic)
         a_U = lib.where(in_warmup_U, 1 - 1 / t_U, decay + 0 * t_U)
         mu_U = state.mu_U + (1 - a_U) * d_U
-        plain_U = a_U * (state.v_U + (1 - a_U) * d_U**2)
-        v_U = a_U * state.v_U + (1 - a_U) * (x_U - mu_U) ** 2
+        plain_U = a_U * (state.v_U + (1 - a_U) * d_U * d_U)
+        v_U = a_U * state.v_U + (1 - a_U) * (x_U - mu_U) * (x_U - mu_U)
         return mu_U, lib.where(in_warmup_U, plain_U, v_U)
     a_U = _at_most(1 - 1 / t_U, decay + 0 * t_U, lib)
-    return state.mu_U + (1 - a_U) * d_U, a_U * (state.v_U + (1 - a_U) * d_U**2)
+    return state.mu_U + (1 - a_U) * d_U, a_U * (state.v_U + (1 - a_U) * d_U * d_U)
 
 
 def _restarted(statistic: StatisticLimit, before: State, after: State, xp: Arrays) -> State:
     """Where the warm-up has just ended: median and MAD of its last values."""
-    width = after.ring_UW.shape[-1]
-    if not _restarts(statistic) or width == 0:
+    if not _restarts(statistic) or statistic.warmup == 0:
         return after
     lib = xp.lib
     ends_U = (before.count_U < _warmup(statistic)) & (after.count_U >= _warmup(statistic))
     if not xp.may_be_true(ends_U):
         return after
-    median_U = _median(after.ring_UW, xp)
-    mad_U = _median(lib.abs(after.ring_UW - median_U[:, None]), xp)
+    median_U, mad_U = xp.ring_median_and_mad(after.ring_UW)
     return replace(
         after,
         mu_U=lib.where(ends_U, median_U, after.mu_U),
@@ -202,62 +204,6 @@ def _winsorised(statistic: StatisticLimit, found: Bounds, x_U: Vector, xp: Array
     low_U = found.mu_U - statistic.z * found.sigma_U
     high_U = found.mu_U + statistic.z * found.sigma_U
     return _at_most(lib.where(x_U < low_U, low_U, x_U), high_U, lib)
-
-
-def _pushed(
-    statistic: StatisticLimit, state: State, x_U: Vector, accept_U: Vector, xp: Arrays
-) -> Vector:
-    """The ring with x where it is accepted."""
-    ring_UW, width = state.ring_UW, state.ring_UW.shape[-1]
-    if width == 0:
-        return ring_UW
-    if statistic.window == "all" and xp.may_be_true(state.count_U >= width):
-        ring_UW, width = xp.lib.concatenate([ring_UW, 0 * ring_UW], -1), 2 * width
-    slot_U = state.count_U % width
-    here_UW = (xp.doubles(np.arange(width))[None, :] == slot_U[:, None]) & accept_U[:, None]
-    return xp.lib.where(here_UW, x_U[:, None], ring_UW)
-
-
-def _window_moments(state: State, xp: Arrays) -> tuple[Vector, Vector]:
-    """Mean and unbiased variance of what the ring holds, taken anew from all of it."""
-    lib = xp.lib
-    width = state.ring_UW.shape[-1]
-    filled_UW = xp.doubles(np.arange(width))[None, :] < state.count_U[:, None]
-    n_U = lib.clip(state.count_U, 1, width)
-    mu_U = (state.ring_UW * filled_UW).sum(-1) / n_U
-    squares_UW = (state.ring_UW - mu_U[:, None]) ** 2 * filled_UW
-    return mu_U, squares_UW.sum(-1) / lib.clip(n_U - 1, 1, width)
-
-
-def _quantile(statistic: StatisticLimit, state: State, xp: Arrays) -> Vector:
-    """Linear between the two nearest of what the ring holds, as `numpy.percentile`."""
-    assert statistic.quantile is not None
-    lib = xp.lib
-    width = state.ring_UW.shape[-1]
-    filled_UW = xp.doubles(np.arange(width))[None, :] < state.count_U[:, None]
-    sorted_UW = xp.sorted(lib.where(filled_UW, state.ring_UW, math.inf + 0 * state.ring_UW))
-    n_U = lib.clip(state.count_U, 1, width)
-    at_U = statistic.quantile * (n_U - 1)
-    low_U = lib.floor(at_U)
-    high_U = _at_most(low_U + 1, n_U - 1, lib)
-    return _interpolated(sorted_UW, low_U, high_U, at_U - low_U, xp)
-
-
-def _interpolated(
-    sorted_UW: Vector, low_U: Vector, high_U: Vector, share_U: Vector, xp: Arrays
-) -> Vector:
-    columns_W = xp.doubles(np.arange(sorted_UW.shape[-1]))[None, :]
-    zero_UW = 0 * columns_W
-    picks = [
-        xp.lib.where(columns_W == at_U[:, None], sorted_UW, zero_UW).sum(-1)
-        for at_U in (low_U, high_U)
-    ]
-    return picks[0] + (picks[1] - picks[0]) * share_U
-
-
-def _median(values_UW: Vector, xp: Arrays) -> Vector:
-    sorted_UW, width = xp.sorted(values_UW), values_UW.shape[-1]
-    return (sorted_UW[:, (width - 1) // 2] + sorted_UW[:, width // 2]) / 2
 
 
 def _at_most(x: Vector, most: Vector, lib: Any) -> Vector:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from gradwatch.rules.rings import Rings
+
 __all__ = ["TorchArrays"]
 
 
-class TorchArrays:
+class TorchArrays(Rings):
     """On `device`, the one that holds the vector of norms."""
 
     def __init__(self, device: torch.device) -> None:

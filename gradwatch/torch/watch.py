@@ -11,7 +11,7 @@ from typing import Any, SupportsFloat
 import torch
 
 from gradwatch.accumulation import Closed
-from gradwatch.engine import StepContext
+from gradwatch.backend import StepContext
 from gradwatch.errors import AttachError, PolicyError, TrainingStopped
 from gradwatch.policy import Policy, check_against
 from gradwatch.records import Layout, RunInfo

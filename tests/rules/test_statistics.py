@@ -11,11 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradwatch.policy import StatisticLimit
-from gradwatch.rules.arrays import NUMPY
+from gradwatch.rules.arrays import NUMBERS, NUMPY
 from gradwatch.rules.statistics import Bounds, State, begun, bounds, goal, learned
 from gradwatch.torch.arrays import TorchArrays
 
-LIBRARIES = {"numpy": NUMPY, "torch": TorchArrays(torch.device("cpu"))}
+LIBRARIES = {
+    "numpy": NUMPY,
+    "numbers": NUMBERS,
+    "torch": TorchArrays(torch.device("cpu")),
+}
 DEFAULT = StatisticLimit(z=4)
 ZCLIP = StatisticLimit(z=2.5, space="raw", decay=0.97, warmup=25, learn="clipped", to="reciprocal")
 AUTOCLIP = StatisticLimit(quantile=0.1, window="all", learn="raw", warmup=0)
@@ -32,6 +36,11 @@ EVERY = {
 }
 
 
+def first(vector) -> float:
+    """Of the first unit."""
+    return float(np.asarray(vector).reshape(-1)[0])
+
+
 class Stream:
     """One rule over U units, norms in, limits out."""
 
@@ -42,10 +51,8 @@ class Stream:
     def at(self, mu: float, v: float) -> Stream:
         """Warm, with these moments."""
         doubles = self.xp.doubles
-        self.state = State(
-            doubles(np.array([1e6])), doubles(np.array([mu])), doubles(np.array([v])),
-            self.state.ring_UW,
-        )  # fmt: skip
+        moments = (doubles(np.array([value])) for value in (1e6, mu, v))
+        self.state = State(*moments, self.state.ring_UW)
         return self
 
     @property
@@ -55,15 +62,15 @@ class Stream:
 
     @property
     def limit(self) -> float:
-        return float(self.found.limit_U[0])
+        return first(self.found.limit_U)
 
     def see(self, *norms: float, usable: bool = True) -> float:
         """Takes a step in; what the first unit's norm becomes."""
         norms_U, found = self.xp.doubles(np.array(norms)), self.found
         with np.errstate(all="ignore"):
-            to = float(goal(self.statistic, found, norms_U, self.xp)[0])
+            to = first(goal(self.statistic, found, norms_U, self.xp))
             self.state = learned(self.statistic, self.state, found, norms_U, usable, self.xp)
-        return to if norms[0] > float(found.limit_U[0]) else norms[0]
+        return to if norms[0] > first(found.limit_U) else norms[0]
 
     def play(self, norms) -> list[float]:
         """The limit of each step."""
@@ -80,8 +87,8 @@ class TestReferenceNumbers:
         stream = Stream(DEFAULT, library=library).at(0.0, 0.01)
         assert stream.limit == pytest.approx(1.491825, rel=1e-6)
         assert stream.see(100.0) == pytest.approx(1.491825, rel=1e-6)
-        assert float(stream.state.mu_U[0]) == pytest.approx(0.004)
-        assert math.sqrt(float(stream.state.v_U[0])) == pytest.approx(0.107163, rel=1e-5)
+        assert first(stream.state.mu_U) == pytest.approx(0.004)
+        assert math.sqrt(first(stream.state.v_U)) == pytest.approx(0.107163, rel=1e-5)
         assert stream.limit == pytest.approx(1.541342, rel=1e-6)
 
     @pytest.mark.parametrize(("norm", "becomes"), [(3, 1.78125), (6, 1.3125), (51, 1.03125)])
@@ -89,8 +96,8 @@ class TestReferenceNumbers:
         stream = Stream(ZCLIP, library=library).at(1.0, 0.25)
         assert stream.see(norm) == pytest.approx(becomes, rel=1e-12)
         if norm == 3:
-            assert float(stream.state.mu_U[0]) == pytest.approx(1.0234375, rel=1e-12)
-            assert float(stream.state.v_U[0]) == pytest.approx(0.25972839, rel=1e-7)
+            assert first(stream.state.mu_U) == pytest.approx(1.0234375, rel=1e-12)
+            assert first(stream.state.v_U) == pytest.approx(0.25972839, rel=1e-7)
 
     @pytest.mark.parametrize(
         ("ratio", "decay", "coef", "gamma"),
@@ -100,7 +107,7 @@ class TestReferenceNumbers:
         statistic = StatisticLimit(ratio=ratio, decay=decay, learn="clipped")
         stream = Stream(statistic, library=library).at(1.0, 0.0)
         assert stream.see(3.0) / 3.0 == pytest.approx(coef, abs=1e-6)
-        assert float(stream.state.mu_U[0]) == pytest.approx(gamma, rel=1e-12)
+        assert first(stream.state.mu_U) == pytest.approx(gamma, rel=1e-12)
 
     def test_autoclip(self, library):
         stream = Stream(AUTOCLIP)
@@ -190,6 +197,15 @@ def test_torch_and_numpy_learn_alike(name):
     norms = np.random.default_rng(5).lognormal(sigma=0.3, size=220)
     norms[::37] *= 40
     ours = Stream(EVERY[name], library="torch").play(norms)
+    np.testing.assert_allclose(ours, Stream(EVERY[name]).play(norms), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_plain_numbers_learn_as_arrays_do(name):
+    norms = np.random.default_rng(7).lognormal(sigma=0.3, size=400)
+    norms[::37] *= 40
+    norms[[50, 150, 250]] = math.nan, 0.0, 1e200
+    ours = Stream(EVERY[name], library="numbers").play(norms)
     np.testing.assert_allclose(ours, Stream(EVERY[name]).play(norms), rtol=1e-12)
 
 

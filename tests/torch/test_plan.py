@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import gradwatch
-from gradwatch.engine import Engine, StepContext
+from gradwatch.backend import StepContext
+from gradwatch.engine import Engine
 from gradwatch.policy import load_policy
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Ring

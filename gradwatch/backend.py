@@ -1,0 +1,90 @@
+"""What a framework does for the engine, as protocols: gather, measure, touch, scale, drop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gradwatch.records import Float32s
+from gradwatch.rules.arrays import Arrays, Vector
+from gradwatch.rules.clipping import Norms, Rule
+
+__all__ = ["Backend", "Gradients", "StepContext"]
+
+
+class Gradients(Protocol):
+    """The gradients of one step, as a backend hands them round."""
+
+    present: bytes
+    """[P] 1 where the parameter has a gradient."""
+
+    loss_scale: Any
+    """What the gradients are still multiplied by: 0-d, or None where they are not."""
+
+    found_inf: Any
+    """Whether a loss scaler will drop the step: 0-d, not 0 where it will; None without one."""
+
+
+class Backend(Protocol):
+    """What a framework does with gradients. Q of the P watched parameters have one."""
+
+    xp: Arrays
+
+    reads_host: bool
+    """Whether decisions are read before they are applied."""
+
+    def gather(self, factor: float) -> Any:
+        """The gradients that are due now; what the optimizer is due to see is `factor` of them."""
+
+    def measure(self, gradients: Any, norm_type: float) -> Vector:
+        """[Q] p-norm of each present tensor, times the factor; where the host may be read right
+        also where float32 overflows."""
+
+    def touch(
+        self, gradients: Any, rule: Rule, bounds_S: Vector, over: Vector, norms: Norms, apply: bool
+    ) -> Norms:
+        """Clamps or zeroes elements beyond their bound, and measures again.
+
+        Args:
+            bounds_S: for each tensor that the rule selects.
+            over: 0-d, whether any element exceeds its bound.
+            norms: of all tensors as they are.
+            apply: whether in place; else only the norms are found out.
+        """
+
+    def host(self, vector: Vector) -> Float32s:
+        """A vector, on the host."""
+
+    def scale(self, gradients: Any, coefs_Q: Vector, on_host_Q: Float32s) -> None:
+        """Multiplies each gradient by its coef and the factor; the coefs come twice."""
+
+    def drop(self, gradients: Any) -> None:
+        """Makes the step that is due one without gradients."""
+
+    def apply(self, gradients: Any, coefs_Q: Vector, skip: Vector | None) -> None:
+        """Scales, and drops where `skip` (0-d) says so, without reading the device."""
+
+    def send(self, packed: Vector, what: Any) -> None:
+        """Begins to copy a vector to the host; `what` comes back with it."""
+
+    def arrived(self, *, wait: bool) -> Iterable[tuple[Any, Any]]:
+        """The vectors that have come to the host since, in order, each with what was sent along."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """What the loop knows about the step that is due."""
+
+    micro_batches: int = 1
+    weight: float = 1.0
+    factor: float = 1.0
+    """What the gradients are multiplied by to be what the optimizer is due to see."""
+
+    learning_rate: float = math.nan
+    loss_scale: float = math.nan
+    """NaN without a loss scaler."""
+
+    overflows: int = 0
+    """Steps that a loss scaler has dropped since the last one."""
