@@ -49,6 +49,11 @@ class Window:
         self._weight = 0.0
 
     @property
+    def weighs(self) -> bool:
+        """Whether micro-batches have weights of their own."""
+        return self._accumulate is not None and self._accumulate.weigh == "weight"
+
+    @property
     def num_steps(self) -> int:
         """Micro-batches that the window is to have."""
         return self._steps if self.count else self._steps_now()
@@ -70,6 +75,11 @@ class Window:
         self.count += 1
         self._weight += weight
         return self._planned / weight if weight else math.inf
+
+    def take_back(self, weight: float = 1.0) -> None:
+        """One micro-batch less: its gradient never came."""
+        self.count -= 1
+        self._weight -= weight if self.weighs else 1.0
 
     def close(self, *, divided: bool = True) -> Closed:
         """Ends the window; the next one begins with the next micro-batch.
@@ -97,12 +107,15 @@ class Window:
 class MicroBatch(Generic[Batch]):
     """One batch of a loader, and its place in the window of its optimizer step."""
 
-    def __init__(self, batch: Batch, *, last: bool, add: Callable[[float], float]) -> None:
+    def __init__(self, batch: Batch, *, last: bool, window: Window) -> None:
         self.batch = batch
         self.last = last
         """Whether its step is due when it was used: known before its forward pass."""
 
-        self._add = add
+        self.failed = False
+        """Whether it ended in an exception, and has no part in its window."""
+
+        self._window = window
         self._weight = 1.0
         self._divisor: float | None = None
 
@@ -116,7 +129,7 @@ class MicroBatch(Generic[Batch]):
         """
         if self._divisor is None:
             self._weight = float(weight)
-            self._divisor = self._add(self._weight)
+            self._divisor = self._window.add(self._weight)
         elif float(weight) != self._weight:
             raise GradwatchError(
                 f"micro.scale: a micro-batch has one weight. It was {self._weight:g} and is "
@@ -133,6 +146,9 @@ class MicroBatch(Generic[Batch]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.failed = error is not None
+        if self.failed and self._divisor is not None:
+            self._window.take_back(self._weight)
         if error is None and self._divisor is None:
             raise GradwatchError(
                 "a micro-batch has ended whose loss was not scaled: the sum of its gradients would "
@@ -156,9 +172,9 @@ def micro_batches(
         following: Any = next(batches, end)
         full = window.count + 1 >= window.num_steps
         ended = following is end and partial == "step"
-        micro = MicroBatch(batch, last=full or ended, add=window.add)
+        micro = MicroBatch(batch, last=full or ended, window=window)
         yield micro
-        if micro.last and window.count:
+        if micro.last and window.count and not micro.failed:
             window.close()  # its step was not taken: a loss scaler dropped it
         batch = following
     if window.count and partial == "drop":

@@ -164,10 +164,12 @@ class Consumer:
 
     def _round(self) -> None:
         early, records = self._early, self._ring.take()
+        if records:
+            self._early = None  # closed since, or overwritten
         if early is not None and records and _same(records[0], early):
             records[0] = replace(records[0], anomalies=early.anomalies)
             self._guarded("export", self._tally.amend, records[0])
-            self._early, new = None, [self._handled(record) for record in records[1:]]
+            new = [self._handled(record) for record in records[1:]]
             records[1:] = new
         else:
             records = new = [self._handled(record) for record in records]

@@ -94,6 +94,11 @@ class Engine:
         self._chain = self._new_chain(layout)
         self._chain.load_state_dict(histories)
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a skip too many was learnt of that stops the run at its next step."""
+        return self._stopping is not None
+
     def state_dict(self) -> dict[str, Any]:
         """What must outlive the process: steps, skips that still count, histories by rule."""
         self.catch_up(wait=True)
@@ -177,7 +182,7 @@ class Engine:
             try:
                 self._finish(step, unpack(vector, len(step.rules)))
             except TrainingStopped as stopped:
-                self._stopping = stopped
+                self._stopping = self._stopping or stopped
 
     def _due(self, context: StepContext) -> _Step:
         step = _Step(

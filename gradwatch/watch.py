@@ -9,6 +9,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsFloat, TypeVar
@@ -49,8 +50,9 @@ class Watch:
         self._engine = Engine(info, policy, backend, self.pipeline.recorder, self.pipeline.report)
         self.pipeline.before_close = weakref.WeakMethod(self._engine.catch_up)
         self._unloggable: set[str] = set()
-        self._accumulate = policy.accumulate
-        self.window = Window(policy.accumulate)
+        # In shadow mode nothing is touched: each micro-batch is a window.
+        self._accumulate = policy.accumulate if policy.mode == "enforce" else None
+        self.window = Window(self._accumulate)
         """The micro-batches of the step that is due."""
 
         self._marked = False
@@ -73,8 +75,12 @@ class Watch:
         Anomalies are found on another thread, some 0.1 s later: `flush()` first to have them all.
         """
         handled = self.pipeline.consumer.finished()
-        newest = self.pipeline.recorder.newest(count)
-        return [handled.get(record.step, record) for record in newest]
+        found = []
+        for record in self.pipeline.recorder.newest(count):
+            known = handled.get(record.step)
+            anomalies = () if known is None else known.anomalies
+            found.append(replace(record, anomalies=anomalies) if anomalies else record)
+        return found
 
     @property
     def skipped(self) -> str | None:
@@ -236,10 +242,23 @@ class Watch:
                 "watch.micro_batches divides the loss, and accumulate.drive: loop says that the "
                 "loop does. Use drive: hook, or a plain loop"
             )
+        return self._marked_batches(loader, "step" if accumulate is None else accumulate.partial)
+
+    def _marked_batches(self, loader: Iterable[Batch], partial: str) -> Iterator[MicroBatch[Batch]]:
+        self._abandon()
         self._marked = True
-        partial = "step" if accumulate is None else accumulate.partial
+        if self.window.count and not (partial == "carry" and self._has_gradients()):
+            say(
+                logging.WARNING, "%d micro-batches of a window that was not finished were dropped",
+                self.window.count,
+            )  # fmt: skip
+            self.window.close()
+            self._discard()
         self.window.step = self._engine.num_steps
-        return micro_batches(loader, self.window, partial=partial, discard=self._discard)
+        try:
+            yield from micro_batches(loader, self.window, partial=partial, discard=self._discard)
+        finally:
+            self._marked = self.window.count > 0
 
     def end_window(self) -> None:
         """Ends the window of an unchanged loop early, e.g. at the end of an epoch.
@@ -259,9 +278,14 @@ class Watch:
 
     def close(self) -> None:
         """Detaches from the loop and ends the recording; a second call does nothing."""
+        self._end("finished")
+
+    def _end(self, state: str) -> None:
         self._detach()
         self._finalizer.detach()
-        self.pipeline.close("finished")
+        self._engine.catch_up(wait=True)
+        self.pipeline.stopped |= self._engine.is_stopping
+        self.pipeline.close(state)
 
     def __enter__(self) -> Self:
         return self
@@ -272,9 +296,7 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._detach()
-        self._finalizer.detach()
-        self.pipeline.close(_state_after(error))
+        self._end(_state_after(error))
 
     def __repr__(self) -> str:
         latest = self.latest
@@ -304,6 +326,13 @@ class Watch:
 
     def _discard(self) -> None:
         """Drops the gradients of a window that was not finished."""
+
+    def _has_gradients(self) -> bool:
+        """Whether there are any that are not 0."""
+        return False
+
+    def _abandon(self) -> None:
+        """Drops what an unchanged loop has accumulated."""
 
     def _end_window(self) -> None:
         """Closes the window with the gradients that are due, or takes its step now."""

@@ -127,7 +127,10 @@ def decide(
         if rule.then == "scale":
             if changed:
                 units_U = _measured(rule, _left(now[rule.norm_type], coefs_P, xp), xp)
-            over.append((xp.isfinite(units_U) & (units_U > limit)).any())
+            above_U = units_U > limit
+            # Elements are clipped also beside one that is not finite.
+            known_U = above_U if rule.per_element else xp.isfinite(units_U) & above_U
+            over.append((known_U | (units_U != units_U) if rule.per_element else known_U).any())
         else:
             over.append((~(units_U <= limit)).any())
         if rule.then not in ("scale", "zero"):
@@ -135,7 +138,9 @@ def decide(
         changed = True
         if rule.per_element:
             assert touch is not None, "a rule per element needs the data"
-            now = touch(rule, xp.quotient(limit, _selected(rule, coefs_P)), over[-1])
+            running_S = _selected(rule, coefs_P)
+            divisor_S = running_S if rule.then == "scale" else xp.ones_like(running_S)
+            now = touch(rule, xp.quotient(limit, divisor_S), over[-1])
         elif rule.then == "scale":
             coefs_U = clip_coefs(units_U, limit, rule.eps, xp, to)
             coefs_P = _scaled(rule, coefs_P, coefs_U, xp)
@@ -143,7 +148,7 @@ def decide(
             kept_U = xp.where(units_U <= limit, xp.ones_like(units_U), 0.0)
             coefs_P = _scaled(rule, coefs_P, kept_U, xp)
     clipped_P = _left(now[2.0], coefs_P, xp)
-    kept_P = coefs_P if now is norms else _ratio(clipped_P, raw_P, xp)
+    kept_P = coefs_P if now is norms else _ratio(clipped_P, raw_P, coefs_P, xp)
     return Decision(xp.norm(raw_P), xp.norm(clipped_P), coefs_P, kept_P, tuple(over), tuple(units))
 
 
@@ -197,7 +202,8 @@ def _scaled(rule: Rule, coefs_P: Vector, coefs_U: Vector, xp: Arrays) -> Vector:
     return xp.scaled_at(coefs_P, rule.tensors, coefs_S)
 
 
-def _ratio(after_P: Vector, before_P: Vector, xp: Arrays) -> Vector:
-    """after / before, 1 where that says nothing."""
+def _ratio(after_P: Vector, before_P: Vector, coefs_P: Vector, xp: Arrays) -> Vector:
+    """after / before, 1 where that says nothing; 0 where a rule has zeroed the tensor."""
     ratio_P = xp.quotient(after_P, before_P)
-    return xp.where(xp.isfinite(ratio_P), ratio_P, 1.0)
+    ratio_P = xp.where(xp.isfinite(ratio_P), ratio_P, 1.0)
+    return xp.where(coefs_P > 0, ratio_P, 0.0)

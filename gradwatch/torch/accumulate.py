@@ -47,10 +47,16 @@ class UnchangedLoop:
         Raises:
             PolicyError: the loop accumulates by itself.
         """
+        if self._window.weighs:
+            raise PolicyError(
+                "accumulate.weigh: weight needs the weight of each loss, which an unchanged loop "
+                "does not give. Use watch.micro_batches"
+            )
         if passes > 1:
             self._accumulates_by_itself(passes)
         if found_inf is not None and bool(found_inf != 0):
             drop(self._parameters)
+            self._ending = False  # what is stashed goes on into the next window
             return False
         if any(parameter.grad is not None for parameter in self._parameters):
             self._window.add()
@@ -64,11 +70,14 @@ class UnchangedLoop:
         self._has_stepped = True
         return True
 
-    def end(self) -> bool:
-        """Ends the window at the next call; whether that must be made, nothing else being due."""
-        has_gradients = any(parameter.grad is not None for parameter in self._parameters)
-        self._ending = has_gradients or bool(self._stash)
-        return self._ending and not has_gradients
+    def end(self, due: bool) -> bool:
+        """Ends the window at the next call; whether that must be made now.
+
+        Args:
+            due: whether a micro-batch waits for its call.
+        """
+        self._ending = due or bool(self._stash)
+        return self._ending and not due
 
     def abandon(self) -> None:
         """Drops what belongs to a window that will not be finished."""
@@ -78,13 +87,15 @@ class UnchangedLoop:
                 "%d micro-batches of an unfinished window were dropped: call watch.end_window() "
                 "behind the last one to step over them", self._window.count,
             )  # fmt: skip
+            self._window.close()
         self._stash.clear()
+        self._ending = False
 
     def _accumulates_by_itself(self, passes: int) -> None:
         said = (
             f"accumulate.drive is hook, which turns {self._window.num_steps} calls of step() into "
             f"one, and this loop ran {passes} backward passes before one. A loop that accumulates "
-            "by itself needs drive: loop"
+            "by itself needs drive: loop, and one with a GradScaler needs attach(scaler=...)"
         )
         if not self._has_stepped:
             raise PolicyError(said)

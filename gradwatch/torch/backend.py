@@ -21,6 +21,7 @@ from gradwatch.torch.readback import Readback
 __all__ = ["TorchBackend"]
 
 CPU = torch.device("cpu")
+LARGEST = torch.finfo(torch.float32).max
 
 
 class TorchBackend:
@@ -48,6 +49,8 @@ class TorchBackend:
         if self.switches is None:
             return gather(self.parameters, factor)
         self.switches.disarm()  # the post hook does not run when a step raises
+        if self._fused and self.switches.found_inf is not None:
+            self.switches.seed_momentum()
         return gather(self.parameters, factor, self.switches.loss_scale, self.switches.found_inf)
 
     def measure(self, gradients: Gradients, norm_type: float) -> torch.Tensor:
@@ -73,7 +76,9 @@ class TorchBackend:
         smallest, total = torch.stack((norms_Q.min(), total)).tolist()
         if smallest >= smallest_trusted(norm_type) and total < math.inf:
             return norms_Q
-        return refined(values, norms_Q, norm_type)
+        norms_Q = refined(values, norms_Q, norm_type)
+        # Each norm may fit where their total does not.
+        return norms_Q.double() if total == math.inf and bool(norms_Q.isfinite().all()) else norms_Q
 
     def touch(
         self,
@@ -93,7 +98,9 @@ class TorchBackend:
             gradients.about_to_change()
         else:
             values = [value.clone() for value in values]
-        bounds = (bounds_S.expand(len(values)) / gradients.unit).unbind()
+        unit = gradients.unit
+        unit = unit.to(self._device) if isinstance(unit, torch.Tensor) else unit
+        bounds = (bounds_S.expand(len(values)) / unit).unbind()
         (clamp if rule.then == "scale" else zero_above)(values, bounds)
         after = {}
         for norm_type, norms_Q in norms.items():
@@ -109,14 +116,19 @@ class TorchBackend:
 
     def scale(self, gradients: Gradients, coefs_Q: torch.Tensor, on_host_Q: Float32s) -> None:
         gradients.about_to_change()
-        all_alike = on_host_Q.size > 0 and on_host_Q.min() == on_host_Q.max() > 0
-        if self._fused and all_alike and self.switches is not None:
+        if self._fused and self.switches is not None and self._fits_kernel(gradients, coefs_Q):
             self.switches.arm(divisor=self._divisor(coefs_Q, gradients.factor))
-        elif gradients.factor == 1.0:
-            scale(gradients.values, coefs_Q, on_host_Q)
         else:
-            coefs_Q = coefs_Q * gradients.factor
-            scale(gradients.values, coefs_Q, self.host(coefs_Q))
+            coefs_Q = coefs_Q if gradients.factor == 1.0 else coefs_Q * gradients.factor
+            scale(gradients.values, coefs_Q, coefs_Q.tolist())
+
+    def _fits_kernel(self, gradients: Gradients, coefs_Q: torch.Tensor) -> bool:
+        """Whether one divisor in float32 says it all."""
+        low, high = (float(x) for x in torch.aminmax(coefs_Q))
+        if not low == high > 0:
+            return False
+        loss_scale = 1.0 if gradients.loss_scale is None else float(gradients.loss_scale)
+        return loss_scale / (low * gradients.factor) < LARGEST
 
     def drop(self, gradients: Gradients) -> None:
         switches = self.switches

@@ -36,6 +36,8 @@ def clip_grads_(parameters: Parameters, policy: Policy) -> torch.Tensor:
             "it a number or a schedule, or attach a watch"
         )
     tensors, described = _listed(parameters)
+    if not tensors:
+        return torch.tensor(0.0)
     layout = Layout.of(described, policy.grouping)
     check_against(policy, layout)
     backend = TorchBackend(tensors)
@@ -82,7 +84,14 @@ def clip_grads_(parameters: Parameters, policy: Policy) -> torch.Tensor:
 def _listed(parameters: Parameters) -> tuple[list[torch.nn.Parameter], list[Parameter]]:
     if isinstance(parameters, torch.nn.Module):
         return watched_parameters(parameters, None)
-    entries = list(parameters)
+    entries = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    for entry in entries:
+        tensor = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                "clip_grads_ takes a module, its named_parameters(), tensors or a tensor. "
+                f"Received: {type(tensor).__name__}"
+            )
     named = [
         entry if isinstance(entry, tuple) else (str(position), entry)
         for position, entry in enumerate(entries)

@@ -19,7 +19,6 @@ KNOWN = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagr
 """Exactly these: a subclass or any other optimizer may ignore the attributes without a word."""
 
 MISSING = object()
-NAMES = ("grad_scale", "found_inf")
 
 
 def fits(optimizer: torch.optim.Optimizer | None) -> bool:
@@ -66,7 +65,7 @@ class FusedSwitches:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._saved: dict[str, Any] | None = None
+        self._armed: dict[str, tuple[torch.Tensor, Any]] = {}
 
     @property
     def loss_scale(self) -> torch.Tensor | None:
@@ -95,23 +94,31 @@ class FusedSwitches:
             skip: 0-d; dropped where it is not 0. Exactly 1.0 is what kernels understand.
         """
         self.disarm()
-        optimizer, scale, found_inf = self._optimizer, self.loss_scale, self.found_inf
-        self._saved = {name: getattr(optimizer, name, MISSING) for name in NAMES}
+        scale, found_inf = self.loss_scale, self.found_inf
         if divisor is not None:
-            optimizer.grad_scale = divisor if scale is None else scale * divisor  # type: ignore[attr-defined]
+            self._set("grad_scale", divisor if scale is None else scale * divisor)
         if skip is not None:
             skip = (skip != 0).to(torch.float32)
-            skip = skip if found_inf is None else torch.maximum(found_inf, skip)
-            optimizer.found_inf = skip  # type: ignore[attr-defined]
-            _seed_momentum(optimizer)
+            self._set("found_inf", skip if found_inf is None else torch.maximum(found_inf, skip))
+            self.seed_momentum()
+
+    def seed_momentum(self) -> None:
+        """Before a step that may be dropped, be it by a loss scaler."""
+        _seed_momentum(self._optimizer)
+
+    def _set(self, name: str, value: torch.Tensor) -> None:
+        self._armed[name] = (value, getattr(self._optimizer, name, MISSING))
+        setattr(self._optimizer, name, value)
 
     def disarm(self) -> None:
         """Puts back what was there before `arm`; also after a step that raised."""
-        saved, self._saved = self._saved, None
-        for name, value in (saved or {}).items():
-            if value is not MISSING:
-                setattr(self._optimizer, name, value)
-            elif hasattr(self._optimizer, name):
+        armed, self._armed = self._armed, {}
+        for name, (ours, before) in armed.items():
+            if getattr(self._optimizer, name, MISSING) is not ours:
+                continue  # a loss scaler has set its own since
+            if before is not MISSING:
+                setattr(self._optimizer, name, before)
+            else:
                 delattr(self._optimizer, name)
 
     def _has_state(self, group: dict[str, Any], parameter: torch.Tensor) -> bool:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from gradwatch.records import Float32s
-
 __all__ = ["Gradients", "clamp", "drop", "gather", "scale", "zero_above"]
 
 
@@ -71,10 +69,9 @@ def gather(
 
 
 def scale(
-    values: Sequence[torch.Tensor], coefs_Q: torch.Tensor, on_host_Q: Float32s | None
+    values: Sequence[torch.Tensor], coefs_Q: torch.Tensor, host: Sequence[float] | None
 ) -> None:
     """value *= coef in place; with the coefs on the host only where they are not 1."""
-    host = None if on_host_Q is None else on_host_Q.tolist()
     changed = range(len(values)) if host is None else [i for i, c in enumerate(host) if c != 1.0]
     zeroed = [] if host is None else [values[i] for i in changed if host[i] == 0.0]
     all_alike = host is not None and len(set(host)) == 1

@@ -10,13 +10,14 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from gradwatch.errors import AttachError
 
-__all__ = ["BackwardCounter", "StepHooks", "innermost", "refuse_watched"]
+__all__ = ["BackwardCounter", "Passes", "StepHooks", "innermost", "refuse_watched"]
 
 
 MOST_COUNTED = 8
@@ -132,23 +133,49 @@ def _step_is_running(optimizer: torch.optim.Optimizer) -> bool:
     return running > 1
 
 
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """The backward passes since the last step."""
+
+    count: int
+    """0 where none was seen."""
+
+    earlier: int
+    """Updates of the loss scaler that had passes of their own before those: steps that it may have
+    dropped."""
+
+
 class BackwardCounter:
     """Counts backward passes, the micro-batches of a window, on a few of the parameters.
 
     Not each one has a part in every pass: it may be frozen, or belong to a branch not taken.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Iterable[torch.nn.Parameter], update: Callable[[], int] = int
+    ) -> None:
+        """
+        Args:
+            update: a number that changes with each update of the loss scaler.
+        """
+        self._update = update
         self._parameters = list(parameters)
-        self._counts: dict[int, int] = {}
+        self._counts: dict[int, dict[int, int]] = {}
         self._handles: list[_Removable] = []
         able = [parameter for parameter in self._parameters if parameter.requires_grad]
         self._watch(able[i] for i in {0, len(able) // 2, len(able) - 1} if able)
 
     @property
     def count(self) -> int:
-        """The passes since the last `take`."""
-        return max(self._counts.values(), default=0)
+        """The passes since the last `take`, dropped ones included."""
+        return sum(max(of_one.values()) for of_one in self._counts.values())
+
+    def extend(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """More parameters behind the ones of before."""
+        known = {id(parameter) for parameter in self._parameters}
+        new = [parameter for parameter in parameters if id(parameter) not in known]
+        self._parameters += new
+        self._watch(itertools.islice((p for p in new if p.requires_grad), 1))
 
     def _watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         for i, parameter in enumerate(parameters, start=len(self._handles)):
@@ -158,19 +185,22 @@ class BackwardCounter:
             )
 
     def _bump(self, index: int, _: torch.Tensor) -> None:
-        self._counts[index] = self._counts.get(index, 0) + 1
+        of_one = self._counts.setdefault(self._update(), {})
+        of_one[index] = of_one.get(index, 0) + 1
 
-    def take(self) -> int:
-        """The passes since the last call, at least 1.
+    def take(self) -> Passes:
+        """The passes since the last call.
 
         Where none of the parameters had a part in them, one that had is counted from now on.
         """
-        count = self.count
-        self._counts = {}
-        if count == 0 and len(self._handles) < MOST_COUNTED:
-            has_part = (p for p in self._parameters if p.requires_grad and p.grad is not None)
-            self._watch(itertools.islice(has_part, 1))
-        return max(1, count)
+        counts, self._counts = self._counts, {}
+        if not counts:
+            if len(self._handles) < MOST_COUNTED:
+                has_part = (p for p in self._parameters if p.requires_grad and p.grad is not None)
+                self._watch(itertools.islice(has_part, 1))
+            return Passes(0, 0)
+        *earlier, last = counts.values()
+        return Passes(max(last.values()), len(earlier))
 
     def remove(self) -> None:
         for handle in self._handles:

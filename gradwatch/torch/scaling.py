@@ -38,6 +38,11 @@ class ScalerFollower:
     def enabled(self) -> bool:
         return bool(self._scaler.is_enabled())
 
+    def update(self) -> int:
+        """A number that changes with each update of the scaler; reads no device."""
+        scale = getattr(self._scaler, "_scale", None)
+        return -1 if scale is None else int(scale._version)
+
     def step(self) -> tuple[float, int]:
         """At a step that is taken: the loss scale, and how many were dropped since the last one.
 

@@ -81,7 +81,8 @@ class TorchWatch(Watch):
         super().__init__(info, policy, self._backend, recording)
         if self.plan.reason:
             say(logging.WARNING, "gradwatch %s", self.plan)
-        self._counter = BackwardCounter(tensors)
+        update = int if self._scaler is None else self._scaler.update
+        self._counter = BackwardCounter(tensors, update)
         self._passes, self._overflows, self._loss_scale = 1, 0, math.nan
         self._hooks: StepHooks | None = None
         if self._optimizer is not None:
@@ -112,7 +113,9 @@ class TorchWatch(Watch):
         self._described += [described[i] for i in new]
         layout = Layout.of(self._described, self._policy.grouping)
         self.plan = plan_for(self._policy, layout, self._optimizer, tensors)
+        self._backend.disarm()
         self._backend = TorchBackend(tensors, self._optimizer, self.plan)
+        self._counter.extend(tensors)
         self._engine.extend(self._backend, layout)
         if self._unchanged is not None:
             self._unchanged.extend(tensors)
@@ -131,9 +134,10 @@ class TorchWatch(Watch):
             TrainingStopped: a micro-batch was lost, and the policy says stop.
         """
         passes = self._counter.take()
-        self._loss_scale, dropped = self._scaled()
-        self._overflows = min(dropped, passes - 1)
-        self._passes = passes // (self._overflows + 1)
+        self._passes = passes.count
+        self._loss_scale, backoffs = self._scaled()
+        # The scaler of several optimizers backs off for any of them.
+        self._overflows = min(backoffs, passes.earlier)
         if self._unchanged is None or self._marked:
             return True
         switches = self._backend.switches
@@ -152,6 +156,7 @@ class TorchWatch(Watch):
         """Accumulation broke, and with it at least one micro-batch is gone."""
         self.pipeline.report("apply")
         self._unchanged = None
+        self.window.close()
         step = self._engine.num_steps
         if self._policy.guard.on_error == "stop":
             raise TrainingStopped(
@@ -169,13 +174,17 @@ class TorchWatch(Watch):
     def _scaled(self) -> tuple[float, int]:
         """The loss scale, and the steps that its scaler has dropped unseen since the last one."""
         switches = self._backend.switches
-        try:
-            scale, dropped = (math.nan, 0) if self._scaler is None else self._scaler.step()
-        except Exception:
-            self.pipeline.report("measure")
+        if self._scaler is None:
             return math.nan, 0
         # A fused optimizer is called for those too, and told.
         told = switches is not None and switches.found_inf is not None
+        if told and not self._backend.reads_host:
+            return math.nan, 0
+        try:
+            scale, dropped = self._scaler.step()
+        except Exception:
+            self.pipeline.report("measure")
+            return math.nan, 0
         return scale, 0 if told else dropped
 
     def _context(self) -> StepContext:
@@ -193,8 +202,9 @@ class TorchWatch(Watch):
     def _closed_window(self) -> Closed:
         if self.window.count:
             return self.window.close(divided=self._marked)
-        if self._accumulate is None or self._accumulate.drive == "hook":
-            return Closed(self._passes, float(self._passes), 1.0)
+        count = max(1, self._passes)
+        if self._accumulate is None or self._accumulate.drive == "hook" or self._passes == 0:
+            return Closed(count, float(count), 1.0)
         self.window.step = self._engine.num_steps
         for _ in range(self._passes):
             self.window.add()
@@ -209,13 +219,23 @@ class TorchWatch(Watch):
     def _discard(self) -> None:
         drop(self._backend.parameters)
 
+    def _has_gradients(self) -> bool:
+        grads = (parameter.grad for parameter in self._backend.parameters)
+        return any(grad is not None and bool(grad.any()) for grad in grads)
+
+    def _abandon(self) -> None:
+        if self._unchanged is not None:
+            self._unchanged.abandon()
+
     def _end_window(self) -> None:
-        if self._unchanged is not None and not self._marked and self._unchanged.end():
+        due = self._backward_seen()
+        if self._unchanged is not None and not self._marked and self._unchanged.end(due):
             assert self._optimizer is not None
             self._optimizer.step()
 
     def _disarm(self) -> None:
         self._backend.disarm()
+        self._counter.take()  # a line search goes on evaluating within the step
 
     def _number(self, value: SupportsFloat) -> float:
         return float(value.detach() if isinstance(value, torch.Tensor) else value)

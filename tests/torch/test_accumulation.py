@@ -469,3 +469,169 @@ class TestWindow:
         divisors = [window.add(0.0), window.add(6.0)]
         closed = window.close()
         assert [6.0 / d * closed.factor / 6.0 for d in divisors] == pytest.approx([0.0, 1.0])
+
+
+class TestWhatLoopsDo:
+    """Loops as they are: broken off, overflowing, mixed."""
+
+    def norms(self, watch) -> list[float]:
+        return [r.total_norm for r in watch.history(20) if r.skipped is None]
+
+    def test_dividing_windows_of_any_length_are_exact_where_the_scaler_drops_one(self, attach):
+        data = batches([8] * 10)
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        watch = attach(model, optimizer, policy(drive="loop"), scaler=scaler)
+        groups = [data[:4], data[4:6], data[6:]]
+        expected = []
+        for k, group in enumerate(groups):
+            optimizer.zero_grad()
+            for batch in group:
+                gain = float("inf") if k == 1 else 1.0
+                scaler.scale(loss_of(model, batch) / STEPS * gain).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if k != 1:
+                whole = loss_of(model, joined(group))
+                grads = torch.autograd.grad(whole, list(model.parameters()))
+                expected.append(float(torch.stack([g.norm() for g in grads]).norm()))
+        assert self.norms(watch) == pytest.approx(expected, rel=1e-6)
+        assert [r.skipped for r in watch.history(9)] == [None, "overflow", None]
+
+    def test_a_scaler_that_backs_off_for_another_optimizer_changes_no_window(self, attach):
+        data = batches([8] * 12)
+        model, other = make_model(), make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        second = torch.optim.AdamW(other.parameters(), lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        watch = attach(model, optimizer, policy(drive="loop"), scaler=scaler)
+        for k, group in enumerate(windows(data, STEPS)):
+            optimizer.zero_grad()
+            second.zero_grad()
+            for batch in group:
+                scaler.scale(loss_of(model, batch) / STEPS).backward()
+            gain = float("inf") if k == 1 else 1.0
+            scaler.scale(loss_of(other, group[0]) * gain).backward()
+            scaler.step(optimizer)
+            scaler.step(second)
+            scaler.update()
+        records = watch.history(9)
+        assert [(r.skipped, r.micro_batches) for r in records] == [(None, 4)] * 3
+
+    def test_passes_that_nobody_counted_are_not_repaired(self, attach):
+        data = batches([8] * 8)
+        model = make_model()
+        optimizer = torch.optim.SGD(list(model.parameters())[:1], lr=0.0)
+        watch = attach(model, optimizer, {**policy(drive="loop"), "clip": []})
+        model[0].weight.requires_grad_(False)
+        optimizer.add_param_group({"params": list(model[2].parameters())})
+        for group in windows(data, STEPS):
+            optimizer.zero_grad()
+            for batch in group:
+                (loss_of(model, batch) / STEPS).backward()
+            before = [p.grad.clone() for p in model[2].parameters()]
+            optimizer.step()
+            after = [p.grad for p in model[2].parameters()]
+            assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        assert len(watch.history(9)) == 2
+
+    @pytest.mark.parametrize("poison", [0, 5])
+    def test_an_unchanged_loop_leaves_an_overflowed_micro_batch_out(self, attach, poison):
+        data = batches([8] * 9)
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        watch = attach(model, optimizer, policy(), scaler=scaler)
+        for i, batch in enumerate(data):
+            optimizer.zero_grad()
+            gain = float("inf") if i == poison else 1.0
+            scaler.scale(loss_of(model, batch) * gain).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        kept = [batch for i, batch in enumerate(data) if i != poison]
+        other, norms = big_batch_training(kept, STEPS, OPTIMIZERS["adamw"], 1.0)
+        assert self.norms(watch) == pytest.approx(norms, rel=1e-6)
+        assert difference(model, other) < 1e-6
+
+    def test_ending_a_window_that_is_complete_changes_nothing(self, attach):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watch = attach(model, optimizer, policy())
+        for _ in range(2):
+            unchanged_loop(model, optimizer, batches([8] * 8))
+            watch.end_window()
+        assert [record.micro_batches for record in watch.history(9)] == [4, 4, 4, 4]
+
+    @pytest.mark.parametrize("position", [1, 3])
+    def test_a_micro_batch_that_raises_has_no_part_in_its_window(self, attach, position):
+        data = batches([8] * 9)
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watch = attach(model, optimizer, policy())
+        for i, micro in enumerate(watch.micro_batches(data)):
+            try:
+                with micro:
+                    loss = micro.scale(loss_of(model, micro.batch))
+                    if i == position:
+                        _ = [][0]
+                    loss.backward()
+            except IndexError:
+                continue
+            if micro.last:
+                optimizer.step()
+                optimizer.zero_grad()
+        kept = [batch for i, batch in enumerate(data) if i != position]
+        other, norms = big_batch_training(kept, STEPS, lambda p: torch.optim.SGD(p, lr=0.1), 1.0)
+        assert self.norms(watch) == pytest.approx(norms, rel=1e-6)
+        assert difference(model, other) < 1e-6
+
+    @pytest.mark.parametrize("partial", ["step", "drop", "carry"])
+    def test_a_marked_loop_that_is_left_early_begins_with_a_whole_window(
+        self, attach, partial, caplog
+    ):
+        data = batches([8] * 8)
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watch = attach(model, optimizer, policy(partial=partial))
+        for i, micro in enumerate(watch.micro_batches(data)):
+            with micro:
+                micro.scale(loss_of(model, micro.batch)).backward()
+            if i == 1:
+                break
+        optimizer.zero_grad()
+        marked_loop(watch, model, optimizer, data)
+        _, norms = big_batch_training(data, STEPS, lambda p: torch.optim.SGD(p, lr=0.1), 1.0)
+        assert self.norms(watch) == pytest.approx(norms, rel=1e-6)
+        assert "2 micro-batches of a window that was not finished were dropped" in caplog.text
+
+    def test_unchanged_and_marked_loops_may_follow_each_other(self, attach):
+        data = batches([8] * 8)
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        watch = attach(model, optimizer, policy())
+        unchanged_loop(model, optimizer, data[:6])  # two are left over, and dropped
+        optimizer.zero_grad()
+        marked_loop(watch, model, optimizer, data)
+        unchanged_loop(model, optimizer, data)
+        assert [record.micro_batches for record in watch.history(9)] == [4, 4, 4, 4, 4]
+        _, norms = big_batch_training(data, STEPS, lambda p: torch.optim.SGD(p, lr=0.0), None)
+        assert self.norms(watch) == pytest.approx([norms[0], *norms, *norms], rel=1e-6)
+
+    def test_weights_of_an_unchanged_loop_are_refused(self, attach):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        attach(model, optimizer, policy(weigh="weight"))
+        loss_of(model, batches([8])[0]).backward()
+        with pytest.raises(gradwatch.PolicyError, match="Use watch"):
+            optimizer.step()
+
+    def test_in_shadow_each_marked_micro_batch_is_a_step(self, attach):
+        data = batches([8] * 4)
+        model, other = make_model(), make_model()
+        optimizer, plain = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other))
+        watch = attach(model, optimizer, {**policy(), "mode": "shadow"})
+        marked_loop(watch, model, optimizer, data)
+        unchanged_loop(other, plain, data)
+        assert difference(model, other) == 0
+        assert [record.micro_batches for record in watch.history(9)] == [1] * 4

@@ -58,3 +58,13 @@ def test_in_shadow_it_only_measures(task):
     before = [grad.clone() for grad in grads(task)]
     gradwatch.clip_grads_(task.model, {**CLIP, "mode": "shadow"})
     assert all(torch.equal(a, b) for a, b in zip(grads(task), before, strict=True))
+
+
+def test_one_tensor_is_a_list_of_one_and_none_is_nothing(task):
+    parameter = torch.nn.Parameter(torch.zeros(4, 3))
+    parameter.grad = torch.full((4, 3), 10.0)
+    assert float(gradwatch.clip_grads_(parameter, CLIP)) == pytest.approx(120**0.5 * 10**0.5)
+    assert float(parameter.grad.norm()) == pytest.approx(1.0, rel=1e-6)
+    assert gradwatch.clip_grads_([], CLIP) == 0
+    with pytest.raises(TypeError, match="Received: dict"):
+        gradwatch.clip_grads_([{"params": [parameter]}], CLIP)

@@ -260,3 +260,81 @@ def test_nothing_is_written_to_a_gradient_that_is_not_clipped(task, attach):
     versions = [p.grad._version for p in task.model.parameters()]
     optimizer.step()
     assert [p.grad._version for p in task.model.parameters()] == versions
+
+
+def test_a_norm_that_no_float32_divisor_can_bring_down_is_clipped_all_the_same(attach):
+    module = torch.nn.Module()
+    module.register_parameter("w", torch.nn.Parameter(torch.zeros(100)))
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0, fused=True)
+    attach(module, optimizer, CLIP)
+    module.w.grad = torch.full((100,), 1e38)
+    optimizer.step()
+    assert float(module.w.detach().norm()) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_an_overflow_before_the_first_step_leaves_no_unset_momentum(task, attach):
+    other = task.copy()
+    results = []
+    for one, overflow_first in ((task, True), (other, False)):
+        optimizer = FUSED["momentum"](one.model.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        if overflow_first:
+            attach(one.model, optimizer, CLIP, scaler=scaler)
+        for step in range(4):
+            if step == 0 and not overflow_first:
+                continue
+            optimizer.zero_grad()
+            loss = forward(one, step) * (math.inf if step == 0 else 1e-3)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(one.parameters())
+    pairs = zip(*results, strict=True)
+    assert max(float((a - b).abs().max()) for a, b in pairs) < 1e-6
+
+
+def test_after_a_step_that_raised_the_scalers_own_verdict_holds(task, attach):
+    class Failing(Exception):
+        pass
+
+    def fail(*_):
+        raise Failing
+
+    optimizer = FUSED["sgd"](task.model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    policy = {"version": 1, "guard": {"nonfinite": "none"}, "clip": [{"limit": 1e-3}]}
+    watch = attach(task.model, optimizer, policy, scaler=scaler)
+    handle = optimizer.register_step_pre_hook(fail)
+    scaler.scale(forward(task, 0)).backward()
+    with pytest.raises(Failing):
+        scaler.step(optimizer)
+    handle.remove()
+    scaler.update()
+    optimizer.zero_grad()
+    before = task.parameters()
+    scaler.scale(forward(task, 1) * math.inf).backward()
+    scaler.step(optimizer)
+    assert watch.skipped == "overflow"
+    assert all(torch.equal(a, b) for a, b in zip(before, task.parameters(), strict=True))
+
+
+def test_nothing_stays_armed_when_parameters_are_added_after_a_step_that_raised(task, attach):
+    class Failing(Exception):
+        pass
+
+    def fail(*_):
+        raise Failing
+
+    optimizer = FUSED["adamw"](task.model.parameters())
+    watch = attach(task.model, optimizer, CLIP)
+    handle = optimizer.register_step_pre_hook(fail)
+    task.gradient(0, 100.0)
+    with pytest.raises(Failing):
+        optimizer.step()
+    handle.remove()
+    extra = torch.nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [extra]})
+    task.gradient(1, 1e-6)
+    optimizer.step()
+    watch.close()
+    assert not hasattr(optimizer, "grad_scale")

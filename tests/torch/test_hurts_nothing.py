@@ -440,6 +440,8 @@ def test_bad_news_does_not_wait_for_the_next_step(task, attach):
     assert [anomaly.kind for anomaly in found] == ["nonfinite"]
     assert watch.pipeline.tally.snapshot().numbers["step"] == 3
     watch.log(loss=0.5)  # the step is still open
+    assert watch.latest.scalars == {"loss": 0.5}
+    assert len(watch.latest.anomalies) == 1
     train(task, optimizer, range(4, 6))
     watch.flush()
     assert watch.history(9)[3].scalars == {"loss": 0.5}

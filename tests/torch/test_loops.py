@@ -53,7 +53,10 @@ class TestClosures:
             plain.step(closure(other, []))
             assert len(seen) > 1
             firsts.append(seen[0])
+            watch.log(index=len(firsts) - 1)
         assert [r.total_norm for r in watch.history(9)] == pytest.approx(firsts, rel=1e-6)
+        assert [r.micro_batches for r in watch.history(9)] == [1, 1, 1]
+        assert [r.scalars for r in watch.history(9)] == [{"index": i} for i in range(3)]
         pairs = zip(task.parameters(), other.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
 

@@ -239,6 +239,8 @@ def test_patience_holds_a_few_steps_late():
         parameter.grad = torch.full_like(parameter, math.nan)
     for _ in range(4):
         engine.step(StepContext())
+    engine.catch_up(wait=True)
+    assert engine.is_stopping
     with pytest.raises(gradwatch.TrainingStopped, match="3 steps skipped in a row") as stopped:
         engine.step(StepContext())
     assert stopped.value.step == 2

@@ -238,3 +238,63 @@ def test_in_shadow_nothing_is_touched_and_the_same_is_reported(task, attach, rul
     enforced, shadowed = records
     assert shadowed.total_norm_clipped == enforced.total_norm_clipped
     assert np.array_equal(shadowed.tensor_coefs_P, enforced.tensor_coefs_P)
+
+
+def one_tensor(attach, policy, values: list[float]) -> tuple[torch.Tensor, object]:
+    module = torch.nn.Module()
+    module.register_parameter("w", torch.nn.Parameter(torch.zeros(len(values))))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    watch = attach(module, optimizer, {"version": 1, **policy})
+    module.w.grad = torch.tensor(values)
+    optimizer.step()
+    return module.w.grad, watch.latest
+
+
+def test_elements_are_clipped_also_beside_one_that_is_not_finite(attach):
+    policy = {"guard": {"nonfinite": "none"}, "clip": [{"per": "element", "limit": 0.5}]}
+    grad, _ = one_tensor(attach, policy, [9.0, -9.0, math.inf, 0.1])
+    assert grad.tolist() == pytest.approx([0.5, -0.5, 0.5, 0.1])
+    grad, _ = one_tensor(attach, policy, [9.0, math.nan])
+    assert grad[0] == 0.5
+    assert math.isnan(grad[1])
+
+
+def test_an_element_is_zeroed_by_its_raw_value_behind_a_tight_clip(attach):
+    rules = [{"per": "tensor", "limit": 1.0}, {"per": "element", "limit": 2.0, "then": "zero"}]
+    grad, record = one_tensor(attach, {"clip": rules}, [9.0, 0.1, 0.1])
+    assert grad[0] == 0
+    assert len(record.fired) == 2
+
+
+def test_a_tensor_that_the_guard_zeroed_is_recorded_as_zero_also_beside_element_rules(attach):
+    policy = {"guard": {"nonfinite": "zero"}, "clip": [{"per": "element", "limit": 0.5}]}
+    grad, record = one_tensor(attach, policy, [9.0, math.nan])
+    assert not grad.any()
+    assert record.clipped
+    assert record.tensor_coefs_P.tolist() == [0.0]
+    assert record.total_norm_clipped == 0
+
+
+def test_a_total_that_leaves_float32_where_no_tensor_does_is_clipped_not_skipped(attach):
+    module = torch.nn.Module()
+    for i in range(50):
+        module.register_parameter(f"w{i}", torch.nn.Parameter(torch.zeros(10)))
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    watch = attach(module, optimizer, {"version": 1, "clip": [{"limit": 1.0}]})
+    for parameter in module.parameters():
+        parameter.grad = torch.full((10,), 2e18)
+    optimizer.step()
+    assert watch.skipped is None
+    assert watch.latest.total_norm == pytest.approx(2e18 * math.sqrt(500), rel=1e-6)
+    norm = torch.stack([parameter.detach().norm() for parameter in module.parameters()]).norm()
+    assert float(norm) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_float64_gradients_beyond_float32_are_clipped_not_zeroed(attach):
+    module = torch.nn.Module()
+    module.register_parameter("w", torch.nn.Parameter(torch.zeros(4, dtype=torch.float64)))
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    attach(module, optimizer, {"version": 1, "clip": [{"limit": 1.0, "eps": 0}]})
+    module.w.grad = torch.full((4,), 1e50, dtype=torch.float64)
+    optimizer.step()
+    assert float(module.w.detach().norm()) == pytest.approx(1.0, rel=1e-12)
