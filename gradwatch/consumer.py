@@ -89,7 +89,7 @@ class Consumer:
         """The open record, handled before its time."""
 
         self._open_since = (-1, 0.0)
-        self._handling = threading.Lock()
+        self._handling = threading.RLock()  # a callback may save the state
         self._idle = threading.Condition()
         self._rounds = 0
         self._thread = threading.Thread(target=self._run, name="gradwatch-consumer", daemon=True)

@@ -110,6 +110,16 @@ def test_histories_are_found_again_by_the_names_of_rules_and_units(task, attach,
     assert limits["new"] == math.inf
 
 
+def test_a_callback_may_save_the_state(task, attach):
+    optimizer = adam(task)
+    watch = attach(task.model, optimizer, POLICY)
+    saved: list[dict] = []
+    watch.on_anomaly(lambda _: saved.append(watch.state_dict()))
+    run(task, optimizer, range(20))
+    watch.flush()
+    assert saved[0]["version"] == 1
+
+
 def test_a_state_of_another_version_is_refused(task, attach):
     watch = attach(task.model, adam(task), POLICY)
     with pytest.raises(gradwatch.GradwatchError, match=r"must be of version 1\. Received: 7"):
