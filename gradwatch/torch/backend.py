@@ -14,13 +14,16 @@ from gradwatch.rules.clipping import Norms, Rule
 from gradwatch.torch.arrays import TorchArrays
 from gradwatch.torch.fused import FusedSwitches
 from gradwatch.torch.gradients import Gradients, clamp, drop, gather, scale, zero_above
-from gradwatch.torch.measure import measure, refined, smallest_trusted
+from gradwatch.torch.measure import Buckets, measure, refined, smallest_trusted
 from gradwatch.torch.plan import ON_HOST, Plan
 from gradwatch.torch.readback import Readback
 
 __all__ = ["TorchBackend"]
 
 CPU = torch.device("cpu")
+KEPT = 64
+"""Sets of present gradients whose buckets are kept."""
+
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -39,6 +42,7 @@ class TorchBackend:
         self._device = CPU if plan.reads_host else parameters[0].device
         self.switches = None if optimizer is None else FusedSwitches(optimizer)
         self._fused = plan.fused
+        self._buckets: dict[tuple[object, ...], Buckets] = {}
         self._one_scale = plan.one_scale
         self._readback = readback
         if readback is None and not plan.reads_host:
@@ -55,14 +59,32 @@ class TorchBackend:
 
     def measure(self, gradients: Gradients, norm_type: float) -> torch.Tensor:
         """[Q] norms; where the host is read float64 where float32 would over- or underflow."""
-        return self._measured(gradients.values, gradients.unit, norm_type)
+        buckets = self._buckets_of(gradients, norm_type)
+        return self._measured(gradients.values, gradients.unit, norm_type, buckets)
+
+    def _buckets_of(self, gradients: Gradients, norm_type: float) -> Buckets | None:
+        values = gradients.values
+        if gradients.coalesced or not values:
+            return None  # sparse ones are of another size in each step
+        # A model that is moved or cast has other gradients in the same places.
+        key = (gradients.present, norm_type, values[0].dtype, values[0].device)
+        buckets = self._buckets.get(key)
+        if buckets is None:
+            buckets = self._buckets[key] = Buckets.of(values, norm_type)
+            if len(self._buckets) > KEPT:
+                del self._buckets[next(iter(self._buckets))]
+        return buckets
 
     def _measured(
-        self, values: Sequence[torch.Tensor], unit: float | torch.Tensor, norm_type: float
+        self,
+        values: Sequence[torch.Tensor],
+        unit: float | torch.Tensor,
+        norm_type: float,
+        buckets: Buckets | None = None,
     ) -> torch.Tensor:
         if not values:
             return torch.zeros(0, device=self._device)
-        norms_Q = measure(values, norm_type, self._device)
+        norms_Q = measure(values, norm_type, self._device, buckets)
         if self.reads_host:
             norms_Q = self._trusted(values, norms_Q, norm_type)
         if isinstance(unit, torch.Tensor):

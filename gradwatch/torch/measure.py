@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-__all__ = ["measure", "refined", "smallest_trusted", "tensor_norms"]
+__all__ = ["Buckets", "measure", "refined", "smallest_trusted", "tensor_norms"]
 
 CPU = torch.device("cpu")
 LARGE = 65536
@@ -25,13 +26,18 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def measure(
-    gradients: Sequence[torch.Tensor], norm_type: float = 2.0, device: torch.device = CPU
+    gradients: Sequence[torch.Tensor],
+    norm_type: float = 2.0,
+    device: torch.device = CPU,
+    buckets: Buckets | None = None,
 ) -> torch.Tensor:
     """The p-norm of each gradient [Q] on one device: float32, or float64 if any gradient is.
 
     Half-precision gradients are accumulated in float32, so that a norm above 65504 is finite.
     """
-    norms = tensor_norms(gradients, norm_type)
+    norms = tensor_norms(gradients, norm_type, buckets)
+    if buckets is not None and buckets.is_one_call:
+        return torch.stack(norms).to(device)
     by_device: dict[torch.device, list[int]] = {}
     for i, norm in enumerate(norms):
         by_device.setdefault(norm.device, []).append(i)
@@ -44,27 +50,60 @@ def measure(
     return out
 
 
-def tensor_norms(gradients: Sequence[torch.Tensor], norm_type: float = 2.0) -> list[torch.Tensor]:
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """Which gradients are measured together, by position; the same in each step that has gradients
+    of the same parameters, so that sorting a thousand of them is paid for once."""
+
+    together: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+    """One foreach call each."""
+
+    in_rows: tuple[int, ...]
+    complex: tuple[int, ...]
+
+    @property
+    def is_one_call(self) -> bool:
+        """Whether all of them are of one device and dtype, and small."""
+        return len(self.together) == 1 and not self.in_rows and not self.complex
+
+    @classmethod
+    def of(cls, gradients: Sequence[torch.Tensor], norm_type: float) -> Buckets:
+        # torch's L2 norm is good up to 64 Ki elements; its other norms are not.
+        in_one_call = LARGE if norm_type == 2.0 else ROW
+        together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        in_rows, of_complex = [], []
+        for i, gradient in enumerate(gradients):
+            if gradient.is_complex():
+                of_complex.append(i)
+            elif gradient.numel() > in_one_call and gradient.device.type == "cpu":
+                in_rows.append(i)
+            else:
+                together.setdefault((gradient.device, gradient.dtype), []).append(i)
+        calls = tuple((dtype, tuple(members)) for (_, dtype), members in together.items())
+        return cls(calls, tuple(in_rows), tuple(of_complex))
+
+
+def tensor_norms(
+    gradients: Sequence[torch.Tensor], norm_type: float = 2.0, buckets: Buckets | None = None
+) -> list[torch.Tensor]:
     """The p-norm of each gradient, 0-d on its own device, in the order given."""
     if norm_type == math.inf:
         return [_largest(gradient) for gradient in gradients]
-    # torch's L2 norm is good up to 64 Ki elements; its other norms are not.
-    in_one_call = LARGE if norm_type == 2.0 else ROW
-    buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    buckets = buckets or Buckets.of(gradients, norm_type)
     norms: list[torch.Tensor] = [_UNSET] * len(gradients)
-    for i, gradient in enumerate(gradients):
-        if gradient.is_complex():
-            norms[i] = _rows_norm(_real(gradient, norm_type), norm_type)
-        elif gradient.numel() > in_one_call and gradient.device.type == "cpu":
-            norms[i] = _rows_norm(gradient, norm_type)
-        else:
-            buckets.setdefault((gradient.device, gradient.dtype), []).append(i)
-    for (_, dtype), members in buckets.items():
+    for i in buckets.complex:
+        norms[i] = _rows_norm(_real(gradients[i], norm_type), norm_type)
+    for i in buckets.in_rows:
+        norms[i] = _rows_norm(gradients[i], norm_type)
+    for dtype, members in buckets.together:
+        everything = len(members) == len(gradients)
         measured = torch._foreach_norm(
-            [gradients[i] for i in members],
+            list(gradients) if everything else [gradients[i] for i in members],
             norm_type,
             dtype=torch.float32 if dtype in HALF else None,
         )
+        if everything:
+            return list(measured)
         for i, norm in zip(members, measured, strict=True):
             norms[i] = norm
     return norms

@@ -140,3 +140,23 @@ def test_powers_that_leave_float32_are_measured_again_in_float64(norm_type, magn
 def test_the_largest_element_of_nothing_is_zero_and_nan_is_kept():
     assert measure([torch.zeros(0)], math.inf).item() == 0
     assert math.isnan(measure([torch.tensor([1.0, math.nan])], math.inf).item())
+
+
+def test_buckets_are_kept_for_each_set_of_gradients_and_made_anew_after_a_cast():
+    parameters = [torch.nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    backend = TorchBackend(parameters)
+
+    def norms() -> list[float]:
+        return backend.measure(backend.gather(), 2.0).tolist()
+
+    for parameter in parameters:
+        parameter.grad = torch.full((4,), 1.5)
+    assert norms() == [3.0, 3.0, 3.0]
+    parameters[1].grad = None
+    assert norms() == [3.0, 3.0]
+    for parameter in parameters:
+        parameter.data = parameter.data.half()
+        parameter.grad = torch.full((4,), 60000.0, dtype=torch.float16)
+    assert norms() == [120000.0] * 3
+    parameters[1].grad = torch.full((4,), 60000.0, dtype=torch.float16)
+    assert norms() == [120000.0] * 3
