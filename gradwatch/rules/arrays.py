@@ -14,7 +14,7 @@ import numpy as np
 
 from gradwatch.rules.rings import NumberRings, Rings
 
-__all__ = ["NUMBERS", "NUMPY", "Arrays", "Vector"]
+__all__ = ["NUMBERS", "NUMPY", "Arrays", "NumPyArrays", "Vector"]
 
 Vector = Any
 """A short float vector or 0-d value of NumPy, torch or TensorFlow."""
@@ -87,7 +87,7 @@ class Arrays(Protocol):
         """x with x[index] multiplied by `by`; a new vector."""
 
 
-class _NumPy(Rings):
+class NumPyArrays(Rings):
     lib: Any = np
 
     def doubles(self, values: Any) -> Vector:
@@ -133,8 +133,7 @@ class _NumPy(Rings):
         return np.concatenate([np.atleast_1d(part) for part in parts])
 
     def quotient(self, a: Any, x: Vector) -> Vector:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return a / x
+        return a / x
 
     def at_most_one(self, x: Vector) -> Vector:
         return np.minimum(x, 1.0)
@@ -193,12 +192,12 @@ class _Numbers(NumberRings):
         return float(np.asarray(values).reshape(-1)[0])
 
     def to_doubles(self, x: Any) -> float:
-        return float(x)
+        return float(x.item())  # of an array, 0-d or of its one unit
 
     def may_be_true(self, x: bool) -> bool:
         return x
 
 
-NUMPY: Arrays = _NumPy()
+NUMPY: Arrays = NumPyArrays()
 NUMBERS: Any = _Numbers()
 """Histories of one unit on the host."""

@@ -93,7 +93,7 @@ class Chain:
             found = bounds(learning.statistic, learning.state, learning.xp)
         learning.found = found
         if learning.statistic.to == "limit" or learning.statistic.quantile is not None:
-            return Limit(xp.doubles(found.limit_U))
+            return Limit(found.limit_U if learning.xp is NUMBERS else xp.doubles(found.limit_U))
         here = Bounds(*(xp.doubles(v) for v in (found.limit_U, found.mu_U, found.sigma_U)))
 
         def to(norms_U: Vector) -> Vector:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from gradwatch.rules.arrays import Arrays, Vector
 
 __all__ = ["Decision", "Limit", "Norms", "Rule", "Then", "Touch", "decide"]
@@ -90,6 +92,7 @@ class Decision:
     """[K] the raw measure of each unit of that rule."""
 
 
+@np.errstate(all="ignore")  # a norm may be 0, inf or NaN, and what follows is provided for
 def decide(
     rules: Sequence[Rule],
     norms: Norms,

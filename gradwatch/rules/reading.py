@@ -67,7 +67,9 @@ def unapplied(reading: Reading) -> Reading:
 
 def least(limit: float | Limit) -> Any:
     """One number for a limit: a float, or 0-d."""
-    return limit.value_U.min() if isinstance(limit, Limit) else limit
+    if not isinstance(limit, Limit):
+        return limit
+    return limit.value_U if isinstance(limit.value_U, float) else limit.value_U.min()
 
 
 def pack(

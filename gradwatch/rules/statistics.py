@@ -132,11 +132,10 @@ def learned(
     """The history with this step; what is not finite or not above 0 leaves it as it is.
 
     Args:
-        norms_U: raw, before any rule.
+        norms_U: raw, before any rule, in float64.
         usable: 0-d, whether the step may be learned from: its whole gradient is finite.
     """
     lib = xp.lib
-    norms_U = xp.to_doubles(norms_U)
     accept_U = usable & lib.isfinite(norms_U) & (norms_U > 0)
     over_U = norms_U > found.limit_U
     warm_U = state.count_U >= _warmup(statistic)

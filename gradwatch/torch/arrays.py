@@ -8,9 +8,20 @@ from typing import Any
 
 import torch
 
+from gradwatch.rules.arrays import NumPyArrays
 from gradwatch.rules.rings import Rings
 
-__all__ = ["TorchArrays"]
+__all__ = ["HostArrays", "TorchArrays"]
+
+
+class HostArrays(NumPyArrays):
+    """NumPy on the host, several times faster than torch on short vectors, with torch's own norm:
+    the total norm is torch's to the bit, and the rest is the same arithmetic."""
+
+    def norm(self, x: Any, norm_type: float = 2.0) -> Any:
+        return (
+            torch.linalg.vector_norm(torch.from_numpy(x), norm_type).numpy() if x.size else x.sum()
+        )
 
 
 class TorchArrays(Rings):

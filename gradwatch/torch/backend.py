@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from gradwatch.records import Float32s
-from gradwatch.rules.arrays import Arrays
+from gradwatch.rules.arrays import Arrays, Vector
 from gradwatch.rules.clipping import Norms, Rule
-from gradwatch.torch.arrays import TorchArrays
+from gradwatch.torch.arrays import HostArrays, TorchArrays
 from gradwatch.torch.fused import FusedSwitches
 from gradwatch.torch.gradients import Gradients, clamp, drop, gather, scale, zero_above
 from gradwatch.torch.measure import Buckets, measure, refined, smallest_trusted
@@ -47,7 +48,7 @@ class TorchBackend:
         self._readback = readback
         if readback is None and not plan.reads_host:
             self._readback = Readback(self._device)
-        self.xp: Arrays = TorchArrays(self._device)
+        self.xp: Arrays = HostArrays() if plan.reads_host else TorchArrays(self._device)
 
     def gather(self, factor: float = 1.0) -> Gradients:
         if self.switches is None:
@@ -57,10 +58,11 @@ class TorchBackend:
             self.switches.seed_momentum()
         return gather(self.parameters, factor, self.switches.loss_scale, self.switches.found_inf)
 
-    def measure(self, gradients: Gradients, norm_type: float) -> torch.Tensor:
+    def measure(self, gradients: Gradients, norm_type: float) -> Vector:
         """[Q] norms; where the host is read float64 where float32 would over- or underflow."""
         buckets = self._buckets_of(gradients, norm_type)
-        return self._measured(gradients.values, gradients.unit, norm_type, buckets)
+        norms_Q = self._measured(gradients.values, gradients.unit, norm_type, buckets)
+        return norms_Q.numpy() if self.reads_host else norms_Q
 
     def _buckets_of(self, gradients: Gradients, norm_type: float) -> Buckets | None:
         values = gradients.values
@@ -94,9 +96,8 @@ class TorchBackend:
     def _trusted(
         self, values: Sequence[torch.Tensor], norms_Q: torch.Tensor, norm_type: float
     ) -> torch.Tensor:
-        total = self.xp.norm(norms_Q, norm_type)
-        smallest, total = torch.stack((norms_Q.min(), total)).tolist()
-        if smallest >= smallest_trusted(norm_type) and total < math.inf:
+        total = float(torch.linalg.vector_norm(norms_Q, norm_type))
+        if float(norms_Q.min()) >= smallest_trusted(norm_type) and total < math.inf:
             return norms_Q
         norms_Q = refined(values, norms_Q, norm_type)
         # Each norm may fit where their total does not.
@@ -106,8 +107,8 @@ class TorchBackend:
         self,
         gradients: Gradients,
         rule: Rule,
-        bounds_S: torch.Tensor,
-        over: torch.Tensor,
+        bounds_S: Vector,
+        over: Vector,
         norms: Norms,
         apply: bool,
     ) -> Norms:
@@ -122,21 +123,28 @@ class TorchBackend:
             values = [value.clone() for value in values]
         unit = gradients.unit
         unit = unit.to(self._device) if isinstance(unit, torch.Tensor) else unit
-        bounds = (bounds_S.expand(len(values)) / unit).unbind()
+        bounds = (torch.as_tensor(bounds_S).expand(len(values)) / unit).unbind()
         (clamp if rule.then == "scale" else zero_above)(values, bounds)
         after = {}
         for norm_type, norms_Q in norms.items():
-            norms_S = self._measured(values, gradients.unit, norm_type).to(norms_Q.dtype)
-            after[norm_type] = (
-                norms_S if everything else norms_Q.index_copy(0, rule.tensors, norms_S)
-            )
+            norms_S = self._measured(values, gradients.unit, norm_type)
+            if self.reads_host:
+                after[norm_type] = norms_Q.copy()
+                after[norm_type][slice(None) if everything else rule.tensors] = norms_S.numpy()
+            else:
+                norms_S = norms_S.to(norms_Q.dtype)
+                after[norm_type] = (
+                    norms_S if everything else norms_Q.index_copy(0, rule.tensors, norms_S)
+                )
         return after
 
-    def host(self, vector: torch.Tensor) -> Float32s:
-        host: Float32s = vector.to(CPU, torch.float32).numpy()
+    @np.errstate(over="ignore")
+    def host(self, vector: Vector) -> Float32s:
+        host: Float32s = np.asarray(vector, dtype=np.float32)
         return host
 
-    def scale(self, gradients: Gradients, coefs_Q: torch.Tensor, on_host_Q: Float32s) -> None:
+    def scale(self, gradients: Gradients, coefs_Q: Vector, on_host_Q: Float32s) -> None:
+        coefs_Q = torch.as_tensor(coefs_Q)
         gradients.about_to_change()
         if self._fused and self.switches is not None and self._fits_kernel(gradients, coefs_Q):
             self.switches.arm(divisor=self._divisor(coefs_Q, gradients.factor))

@@ -60,7 +60,7 @@ def clip_grads_(parameters: Parameters, policy: Policy) -> torch.Tensor:
         zero_nonfinite=policy.guard.nonfinite == "zero",
         touch=touch,
     )
-    total_norm: torch.Tensor = decision.total_norm
+    total_norm = torch.as_tensor(decision.total_norm)
     over = [bool(flag) for flag in decision.over]
     verdict, _ = judge(policy.guard, rules, over, float(total_norm), SkipHistory(), 0)
     for rule, is_over in zip(rules, over, strict=True):

@@ -230,5 +230,5 @@ def test_learning_reads_nothing_from_a_device(name):
     found = bounds(EVERY[name], state, meta)
     goal(EVERY[name], found, meta.to_doubles(norms_U), meta)
     usable = torch.isfinite(norms_U[0])
-    after = learned(EVERY[name], state, found, norms_U, usable, meta)
+    after = learned(EVERY[name], state, found, meta.to_doubles(norms_U), usable, meta)
     assert {values.device.type for values in after.arrays().values()} == {"meta"}

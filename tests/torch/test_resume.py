@@ -110,6 +110,25 @@ def test_histories_are_found_again_by_the_names_of_rules_and_units(task, attach,
     assert limits["new"] == math.inf
 
 
+@pytest.mark.parametrize("per", ["all", "group", "layer", "tensor"])
+def test_a_scope_of_one_unit_learns_like_the_whole(attach, per):
+    model = torch.nn.Linear(4, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    policy = {"version": 1, "clip": [{"per": per, "limit": {"z": 4, "warmup": 3}}]}
+    watch = attach(model, optimizer, policy)
+    for norm in (1.0, 1.1, 0.9, 1.0, 50.0, 1.0):
+        model.weight.grad = torch.full((1, 4), norm / 2)
+        optimizer.step()
+    assert [record.clipped for record in watch.history(9)] == [False] * 4 + [True, False]
+    state = watch.state_dict()
+    watch.close()
+    second = attach(model, optimizer, policy)
+    second.load_state_dict(state)
+    model.weight.grad = torch.full((1, 4), 25.0)
+    optimizer.step()
+    assert second.latest.clipped
+
+
 def test_a_callback_may_save_the_state(task, attach):
     optimizer = adam(task)
     watch = attach(task.model, optimizer, POLICY)
