@@ -53,10 +53,16 @@ def open_recording(path: str | os.PathLike[str]) -> Recording:
         candidates = [*found.glob("*.sqlite"), *found.glob("*/*.sqlite")]
         if not candidates:
             raise RecordingError(f"{found}: no recording (*.sqlite) in this directory")
-        found = max(candidates, key=lambda file: (file.stat().st_mtime_ns, file.name))
+        found = max(candidates, key=lambda file: (_last_written(file), file.name))
     if not found.is_file():
         raise RecordingError(f"{found}: no such recording")
     return Recording(found)
+
+
+def _last_written(path: Path) -> int:
+    """In nanoseconds; a live run writes to its WAL for a long time before to the file itself."""
+    wal = path.with_name(f"{path.name}-wal")
+    return max(file.stat().st_mtime_ns for file in (path, wal) if file.exists())
 
 
 class Recording:

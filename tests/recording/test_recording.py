@@ -10,6 +10,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -288,6 +289,7 @@ def test_without_pandas_the_way_out_is_named(store, path, record):
     store.add([record(0)])
     code = """
 import sys
+import time
 sys.modules["pandas"] = None
 from gradwatch.recording.reader import open_recording
 from gradwatch.recording.export import export_recording
@@ -305,3 +307,17 @@ with open_recording(sys.argv[1]) as recording:
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
     )
     assert done.stdout.count("pip install 'gradwatch[pandas]'") == 2
+
+
+def test_a_directory_means_the_recording_that_was_written_to_last(tmp_path, info, record):
+    live = Store(tmp_path / "live.sqlite", info)
+    ended = Store(tmp_path / "ended.sqlite", info)
+    ended.add([record(0)])
+    ended.close()
+    hour_ago = time.time() - 3600
+    os.utime(tmp_path / "live.sqlite", (hour_ago, hour_ago))
+    time.sleep(0.02)
+    live.add([record(0)])
+    with open_recording(tmp_path) as found:
+        assert found.path.name == "live.sqlite"
+    live.close()
