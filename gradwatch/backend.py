@@ -1,17 +1,23 @@
-"""What a framework does for the engine, as protocols: gather, measure, touch, scale, drop."""
+"""What a framework does for the engine, as protocols: gather, measure, touch, scale, drop.
+
+And the two sentences that are made of these verbs wherever a policy is applied.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from gradwatch.policy import Guard
 from gradwatch.records import Float32s
 from gradwatch.rules.arrays import Arrays, Vector
-from gradwatch.rules.clipping import Norms, Rule
+from gradwatch.rules.chain import Chain
+from gradwatch.rules.clipping import Decision, Limit, Norms, Rule, decide
+from gradwatch.rules.guard import Verdict
 
-__all__ = ["Backend", "Gradients", "StepContext"]
+__all__ = ["Backend", "Gradients", "StepContext", "act", "measure_and_decide"]
 
 
 class Gradients(Protocol):
@@ -57,8 +63,8 @@ class Backend(Protocol):
     def host(self, vector: Vector) -> Float32s:
         """A vector, on the host."""
 
-    def scale(self, gradients: Any, coefs_Q: Vector, on_host_Q: Float32s) -> None:
-        """Multiplies each gradient by its coef and the factor; the coefs come twice."""
+    def scale(self, gradients: Any, coefs_Q: Vector) -> None:
+        """Multiplies each gradient by its coef and the factor."""
 
     def drop(self, gradients: Any) -> None:
         """Makes the step that is due one without gradients."""
@@ -88,3 +94,36 @@ class StepContext:
 
     overflows: int = 0
     """Steps that a loss scaler has dropped since the last one."""
+
+
+def measure_and_decide(
+    backend: Backend,
+    gradients: Any,
+    chain: Chain,
+    rules: Sequence[Rule],
+    limits: Sequence[float | Limit],
+    guard: Guard,
+    *,
+    apply: bool,
+) -> tuple[Norms, Decision]:
+    """The raw norms, and what the chain says of them; `apply`: whether rules per element act."""
+    norms: Norms = {p: backend.measure(gradients, p) for p in chain.norm_types}
+    now = norms
+
+    def touch(rule: Rule, bounds_S: Vector, over: Vector) -> Norms:
+        nonlocal now
+        now = backend.touch(gradients, rule, bounds_S, over, now, apply)
+        return now
+
+    zero = guard.nonfinite == "zero"
+    return norms, decide(rules, norms, limits, backend.xp, zero_nonfinite=zero, touch=touch)
+
+
+def act(
+    backend: Backend, gradients: Any, decision: Decision, verdict: Verdict, factor: float = 1.0
+) -> None:
+    """Drops the gradients, scales them, or leaves them alone."""
+    if verdict.skip:
+        backend.drop(gradients)
+    elif factor != 1.0 or backend.host(decision.coefs_P).min(initial=1.0) < 1.0:
+        backend.scale(gradients, decision.coefs_P)

@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from gradwatch.backend import Backend, StepContext
+from gradwatch.backend import Backend, StepContext, act, measure_and_decide
 from gradwatch.errors import TrainingStopped
 from gradwatch.policy import Policy
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Row
 from gradwatch.records import Bools, Float32s, Layout, RunInfo
-from gradwatch.rules.arrays import NUMPY, Vector
+from gradwatch.rules.arrays import NUMPY
 from gradwatch.rules.chain import Chain
-from gradwatch.rules.clipping import Decision, Limit, Norms, Rule, decide
+from gradwatch.rules.clipping import Decision, Limit, Norms, Rule
 from gradwatch.rules.guard import OVERFLOW, SkipHistory, Verdict, judge
 from gradwatch.rules.reading import Reading, least, overflowed, pack, unapplied, unpack
 from gradwatch.saying import say
@@ -148,7 +148,10 @@ class Engine:
             gradients = self._backend.gather(context.factor)
             step.present = gradients.present
             step.rules = self._chain.rules(gradients.present)
-            norms, decision = self._decided(gradients, step)
+            norms, decision = measure_and_decide(
+                self._backend, gradients, self._chain, step.rules, step.limits, self._guard,
+                apply=self.enforcing,
+            )  # fmt: skip
             if self._backend.reads_host:
                 reading = self._read(gradients, norms, decision, step)
                 verdict = self._judged(step, reading)
@@ -198,21 +201,6 @@ class Engine:
         self._skipped = None
         return step
 
-    def _decided(self, gradients: Any, step: _Step) -> tuple[Norms, Decision]:
-        norms: Norms = {p: self._backend.measure(gradients, p) for p in self._chain.norm_types}
-        now = norms
-
-        def touch(rule: Rule, bounds_S: Vector, over: Vector) -> Norms:
-            nonlocal now
-            now = self._backend.touch(gradients, rule, bounds_S, over, now, self.enforcing)
-            return now
-
-        zero = self._guard.nonfinite == "zero"
-        decision = decide(
-            step.rules, norms, step.limits, self._backend.xp, zero_nonfinite=zero, touch=touch
-        )
-        return norms, decision
-
     def _read(self, gradients: Any, norms: Norms, decision: Decision, step: _Step) -> Reading:
         scale, found_inf = gradients.loss_scale, gradients.found_inf
         reading = Reading(
@@ -230,13 +218,8 @@ class Engine:
         return reading
 
     def _act(self, gradients: Any, decision: Decision, verdict: Verdict, factor: float) -> None:
-        if not self.enforcing or verdict.stop or verdict.skip == OVERFLOW:
-            return
-        coefs_Q = self._backend.host(decision.coefs_P)
-        if verdict.skip:
-            self._backend.drop(gradients)
-        elif factor != 1.0 or coefs_Q.min(initial=1.0) < 1.0:
-            self._backend.scale(gradients, decision.coefs_P, coefs_Q)
+        if self.enforcing and not verdict.stop and verdict.skip != OVERFLOW:
+            act(self._backend, gradients, decision, verdict, factor)
 
     def _act_unread(self, gradients: Any, norms: Norms, decision: Decision, step: _Step) -> None:
         """Acts as `judge` will find when it reads the same numbers."""

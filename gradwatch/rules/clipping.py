@@ -127,14 +127,11 @@ def decide(
         limit, to = (given.value_U, given.goal) if isinstance(given, Limit) else (given, None)
         units.append(_measured(rule, norms[rule.norm_type], xp))
         units_U = units[-1]
-        if rule.then == "scale":
-            if changed:
-                units_U = _measured(rule, _left(now[rule.norm_type], coefs_P, xp), xp)
-            above_U = units_U > limit
-            # Elements are clipped also beside one that is not finite.
-            known_U = above_U if rule.per_element else xp.isfinite(units_U) & above_U
-            over.append((known_U | (units_U != units_U) if rule.per_element else known_U).any())
-        else:
+        if rule.then == "scale" and changed:
+            units_U = _measured(rule, _left(now[rule.norm_type], coefs_P, xp), xp)
+        if rule.then == "scale" and not rule.per_element:
+            over.append((xp.isfinite(units_U) & (units_U > limit)).any())
+        else:  # elements are clipped also beside one that is not finite
             over.append((~(units_U <= limit)).any())
         if rule.then not in ("scale", "zero"):
             continue

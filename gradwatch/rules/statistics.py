@@ -102,7 +102,7 @@ def bounds(statistic: StatisticLimit, state: State, xp: Arrays) -> Bounds:
     limit_U = lib.clip(limit_U, low, high)
     until = math.inf if statistic.until is None else statistic.until
     # A window of nothing, or a history of zeros, is no limit.
-    known_U = (state.count_U >= max(_warmup(statistic), 1)) & (limit_U > 0)
+    known_U = (state.count_U >= max(statistic.warmup, 1)) & (limit_U > 0)
     return Bounds(lib.where(known_U, limit_U, until + 0 * state.count_U), mu_U, sigma_U)
 
 
@@ -138,7 +138,7 @@ def learned(
     lib = xp.lib
     accept_U = usable & lib.isfinite(norms_U) & (norms_U > 0)
     over_U = norms_U > found.limit_U
-    warm_U = state.count_U >= _warmup(statistic)
+    warm_U = state.count_U >= statistic.warmup
     taken_U = lib.where(accept_U, norms_U, 1.0 + 0 * state.count_U)
     if statistic.learn == "accepted":
         accept_U = lib.where(over_U, False, accept_U)
@@ -170,7 +170,7 @@ def _moments(
     d_U = x_U - state.mu_U
     if statistic.z is not None and not _in_logs(statistic):
         # As published: plain moments of the warm-up, then decay, each about the new mean.
-        in_warmup_U = count_U <= _warmup(statistic)
+        in_warmup_U = count_U <= statistic.warmup
         a_U = lib.where(in_warmup_U, 1 - 1 / t_U, decay + 0 * t_U)
         mu_U = state.mu_U + (1 - a_U) * d_U
         plain_U = a_U * (state.v_U + (1 - a_U) * d_U * d_U)
@@ -185,7 +185,7 @@ def _restarted(statistic: StatisticLimit, before: State, after: State, xp: Array
     if not _restarts(statistic) or statistic.warmup == 0:
         return after
     lib = xp.lib
-    ends_U = (before.count_U < _warmup(statistic)) & (after.count_U >= _warmup(statistic))
+    ends_U = (before.count_U < statistic.warmup) & (after.count_U >= statistic.warmup)
     if not xp.may_be_true(ends_U):
         return after
     median_U, mad_U = xp.ring_median_and_mad(after.ring_UW)
@@ -216,10 +216,6 @@ def _in_logs(statistic: StatisticLimit) -> bool:
 
 def _restarts(statistic: StatisticLimit) -> bool:
     return _in_logs(statistic) and statistic.window is None
-
-
-def _warmup(statistic: StatisticLimit) -> int:
-    return statistic.warmup
 
 
 def _ring_width(statistic: StatisticLimit) -> int:

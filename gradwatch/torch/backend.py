@@ -143,7 +143,7 @@ class TorchBackend:
         host: Float32s = np.asarray(vector, dtype=np.float32)
         return host
 
-    def scale(self, gradients: Gradients, coefs_Q: Vector, on_host_Q: Float32s) -> None:
+    def scale(self, gradients: Gradients, coefs_Q: Vector) -> None:
         coefs_Q = torch.as_tensor(coefs_Q)
         gradients.about_to_change()
         if self._fused and self.switches is not None and self._fits_kernel(gradients, coefs_Q):
@@ -171,15 +171,13 @@ class TorchBackend:
         if not gradients.values:
             return
         gradients.about_to_change()
-        if not self._fused or self.switches is None:
-            scale(gradients.values, coefs_Q * gradients.factor, None)
-            return
         divisor = None
-        if self._one_scale:
+        if self._fused and self._one_scale:
             divisor = self._divisor(coefs_Q, gradients.factor)
         else:
             scale(gradients.values, coefs_Q * gradients.factor, None)
-        self.switches.arm(divisor=divisor, skip=skip)
+        if self._fused and self.switches is not None:
+            self.switches.arm(divisor=divisor, skip=skip)
 
     def disarm(self) -> None:
         """Behind the step: the optimizer's attributes as they were."""

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 import torch
 
+from gradwatch.backend import act, measure_and_decide
 from gradwatch.errors import PolicyError, TrainingStopped
 from gradwatch.policy import Policy, StatisticLimit, check_against
 from gradwatch.records import Layout, Parameter
 from gradwatch.rules.chain import Chain
-from gradwatch.rules.clipping import Norms, Rule, decide
 from gradwatch.rules.guard import SkipHistory, judge
 from gradwatch.saying import say
 from gradwatch.torch.backend import TorchBackend
@@ -44,21 +44,8 @@ def clip_grads_(parameters: Parameters, policy: Policy) -> torch.Tensor:
     chain = Chain(policy, layout, backend.xp)
     gradients = backend.gather()
     rules, limits = chain.rules(gradients.present), chain.limits(0)
-    norms: Norms = {p: backend.measure(gradients, p) for p in chain.norm_types}
-    now = norms
-
-    def touch(rule: Rule, bounds_S: torch.Tensor, over: torch.Tensor) -> Norms:
-        nonlocal now
-        now = backend.touch(gradients, rule, bounds_S, over, now, policy.enforcing)
-        return now
-
-    decision = decide(
-        rules,
-        norms,
-        limits,
-        backend.xp,
-        zero_nonfinite=policy.guard.nonfinite == "zero",
-        touch=touch,
+    _, decision = measure_and_decide(
+        backend, gradients, chain, rules, limits, policy.guard, apply=policy.enforcing
     )
     total_norm = torch.as_tensor(decision.total_norm)
     over = [bool(flag) for flag in decision.over]
@@ -73,11 +60,7 @@ def clip_grads_(parameters: Parameters, policy: Policy) -> torch.Tensor:
         raise TrainingStopped(
             f"stopped before the update: {verdict.stop}", step=0, reason=verdict.skip or ""
         )
-    coefs_Q = backend.host(decision.coefs_P)
-    if verdict.skip:
-        backend.drop(gradients)
-    elif coefs_Q.min(initial=1.0) < 1.0:
-        backend.scale(gradients, decision.coefs_P, coefs_Q)
+    act(backend, gradients, decision, verdict)
     return total_norm
 
 

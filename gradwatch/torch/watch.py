@@ -246,8 +246,7 @@ class TorchWatch(Watch):
     def _detach(self) -> None:
         self._counter.remove()
         self._backend.disarm()
-        if self._unchanged is not None:
-            self._unchanged.abandon()
+        self._abandon()
         if self._hooks is not None:
             self._hooks.remove()
 
