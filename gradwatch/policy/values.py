@@ -38,6 +38,7 @@ MAX_SPAN = 100_000
 
 MAX_NAME = 64
 EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+STEP = re.compile(r"0|[1-9][0-9]{0,14}")
 OFF = "none"
 """The word for what a policy leaves out though it is there by default."""
 
@@ -106,10 +107,11 @@ def _whole(value: object) -> int:
 
 
 def _step(value: object) -> int:
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 15:
+    # Not `010`: that is 8 to a plain YAML loader.
+    if isinstance(value, str) and STEP.fullmatch(value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        refuse("must be a step, a whole number")
+        refuse("must be a step, a whole number without leading zeros")
     return value
 
 
