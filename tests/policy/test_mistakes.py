@@ -114,7 +114,7 @@ SCHEDULES = {
     "{-5: 1}": "3:13: clip[0].limit[-5]: a key must be >= 0. Received: -5",
     "{0: 1, x: 2}": "3:19: clip[0].limit.x: a key must be a step, a whole number "
     "without leading zeros. Received: x",
-    "{0: 1, 010: 2}": "3:19: clip[0].limit.010: a key must be a step, a whole number "
+    "{0: 1, 010: 2}": "3:19: clip[0].limit.'010': a key must be a step, a whole number "
     "without leading zeros. Received: '010'",
     "{0: 1, 1.5: 2}": "3:19: clip[0].limit: a key must be a word or a whole number. Received: 1.5",
     "{0: 1, 9: yes}": "3:19: clip[0].limit[9] must be a number. Received: yes",
