@@ -14,7 +14,16 @@ from gradwatch.policy import Guard
 from gradwatch.records import Float32s
 from gradwatch.rules.arrays import Arrays, Vector
 from gradwatch.rules.chain import Chain
-from gradwatch.rules.clipping import Decision, Limit, Norms, Rule, decide
+from gradwatch.rules.clipping import (
+    LOSS,
+    NO_LOSS,
+    UPDATE,
+    Decision,
+    Limit,
+    Norms,
+    Rule,
+    decide,
+)
 from gradwatch.rules.guard import Verdict
 
 __all__ = ["Backend", "Gradients", "StepContext", "act", "measure_and_decide"]
@@ -48,17 +57,32 @@ class Backend(Protocol):
         """[Q] p-norm of each present tensor, times the factor; where the host may be read right
         also where float32 overflows."""
 
+    def measure_units(self, gradients: Any, rule: Rule) -> Vector:
+        """[U] p-norm of each unit of a rule per unit; 0 for those of tensors not present."""
+
+    def measure_weights(self, gradients: Any, rule: Rule) -> Vector:
+        """[Q] L2 norm of each present parameter, [U] of its units for a rule per unit."""
+
+    def measure_updates(self, gradients: Any) -> Vector:
+        """[Q] L2 norm of each update that the optimizer is about to make, per learning rate."""
+
     def touch(
-        self, gradients: Any, rule: Rule, bounds_S: Vector, over: Vector, norms: Norms, apply: bool
-    ) -> Norms:
-        """Clamps or zeroes elements beyond their bound, and measures again.
+        self, gradients: Any, rule: Rule, values: Vector, over: Vector, apply: bool
+    ) -> Any | None:
+        """Applies a rule per unit or element to the data.
 
         Args:
-            bounds_S: for each tensor that the rule selects.
-            over: 0-d, whether any element exceeds its bound.
-            norms: of all tensors as they are.
-            apply: whether in place; else only the norms are found out.
+            values: what each unit is multiplied by [U], or for each tensor that the rule selects
+                the bound of its elements [S].
+            over: 0-d, whether any exceeds its limit.
+            apply: whether in place; else a copy is made.
+
+        Returns:
+            The gradients as they would be then, or None where nothing changes.
         """
+
+    def scalar(self, value: float) -> Vector:
+        """A number of the host, 0-d."""
 
     def host(self, vector: Vector) -> Float32s:
         """A vector, on the host."""
@@ -105,18 +129,44 @@ def measure_and_decide(
     guard: Guard,
     *,
     apply: bool,
+    loss: float = NO_LOSS,
 ) -> tuple[Norms, Decision]:
-    """The raw norms, and what the chain says of them; `apply`: whether rules per element act."""
-    norms: Norms = {p: backend.measure(gradients, p) for p in chain.norm_types}
-    now = norms
+    """The raw norms, and what the chain says of them.
 
-    def touch(rule: Rule, bounds_S: Vector, over: Vector) -> Norms:
-        nonlocal now
-        now = backend.touch(gradients, rule, bounds_S, over, now, apply)
+    Args:
+        apply: whether rules per unit and element act on the data.
+        loss: what was logged for the step.
+    """
+    norms = _gradient_norms(backend, gradients, chain, rules)
+    if chain.compares_loss:
+        norms[LOSS] = backend.scalar(loss)
+    if chain.compares_updates:
+        norms[UPDATE] = backend.measure_updates(gradients)
+    for rule in rules:
+        if rule.floor and rule.weight_key not in norms:
+            norms[rule.weight_key] = backend.measure_weights(gradients, rule)
+    now, current = norms, gradients
+
+    def touch(rule: Rule, values: Vector, over: Vector) -> Norms:
+        nonlocal now, current
+        touched = backend.touch(current, rule, values, over, apply)
+        if touched is not None:
+            current = touched
+            now = norms | _gradient_norms(backend, current, chain, rules)
         return now
 
     zero = guard.nonfinite == "zero"
     return norms, decide(rules, norms, limits, backend.xp, zero_nonfinite=zero, touch=touch)
+
+
+def _gradient_norms(
+    backend: Backend, gradients: Any, chain: Chain, rules: Sequence[Rule]
+) -> dict[float | str, Vector]:
+    norms: dict[float | str, Vector] = {p: backend.measure(gradients, p) for p in chain.norm_types}
+    for rule in rules:
+        if rule.slices is not None:
+            norms[rule.key] = backend.measure_units(gradients, rule)
+    return norms
 
 
 def act(

@@ -29,9 +29,17 @@ from gradwatch.recording.ring import Row
 from gradwatch.records import Bools, Float32s, Layout, RunInfo
 from gradwatch.rules.arrays import NUMPY
 from gradwatch.rules.chain import Chain
-from gradwatch.rules.clipping import Decision, Limit, Norms, Rule
+from gradwatch.rules.clipping import NO_LOSS, Decision, Limit, Norms, Rule
 from gradwatch.rules.guard import OVERFLOW, SkipHistory, Verdict, judge
-from gradwatch.rules.reading import Reading, least, overflowed, pack, unapplied, unpack
+from gradwatch.rules.reading import (
+    Reading,
+    compared,
+    least,
+    overflowed,
+    pack,
+    unapplied,
+    unpack,
+)
 from gradwatch.saying import say
 
 __all__ = ["Engine"]
@@ -84,6 +92,7 @@ class Engine:
         self._stopping: TrainingStopped | None = None
         self._failures_in_a_row = 0
         self._warning: set[str] = set()
+        self._told_no_loss = False
         self._last_started = math.nan
 
     def extend(self, backend: Backend, layout: Layout) -> None:
@@ -150,7 +159,7 @@ class Engine:
             step.rules = self._chain.rules(gradients.present)
             norms, decision = measure_and_decide(
                 self._backend, gradients, self._chain, step.rules, step.limits, self._guard,
-                apply=self.enforcing,
+                apply=self.enforcing, loss=self._loss(step),
             )  # fmt: skip
             if self._backend.reads_host:
                 reading = self._read(gradients, norms, decision, step)
@@ -183,7 +192,8 @@ class Engine:
             return
         for vector, step in arrived:
             try:
-                self._finish(step, unpack(vector, len(step.rules)))
+                num_measures = len(self._chain.measures)
+                self._finish(step, unpack(vector, len(step.rules), num_measures))
             except TrainingStopped as stopped:
                 self._stopping = self._stopping or stopped
 
@@ -212,6 +222,12 @@ class Engine:
             overflow=found_inf is not None and bool(found_inf != 0),
             norms_Q=self._backend.host(norms[2.0]),
             kept_Q=self._backend.host(decision.kept_P),
+            measures=tuple(
+                self._backend.host(values)
+                for values in compared(
+                    self._chain.measures, step.rules, norms, decision, self._backend.xp
+                )
+            ),
         )
         usable = math.isfinite(reading.total_norm) and not reading.overflow
         self._chain.learn(decision, usable)
@@ -233,7 +249,8 @@ class Engine:
             self._backend.apply(gradients, decision.coefs_P, skip)
         self._chain.learn(decision, xp.isfinite(decision.total_norm))
         scale, found_inf = gradients.loss_scale, gradients.found_inf
-        packed = pack(decision, step.limits, norms[2.0], scale, found_inf, xp)
+        measures = compared(self._chain.measures, step.rules, norms, decision, xp)
+        packed = pack(decision, step.limits, norms[2.0], scale, found_inf, xp, measures)
         self._backend.send(packed, step)
 
     def _finish(self, step: _Step, reading: Reading) -> None:
@@ -247,6 +264,19 @@ class Engine:
         )  # fmt: skip
         self._warn(step, reading)
         return verdict
+
+    def _loss(self, step: _Step) -> float:
+        """What was logged for the step before it; says once where a rule misses it."""
+        if not self._chain.compares_loss:
+            return NO_LOSS
+        loss = self._recorder.pending(step.number, "loss")
+        if loss is None and not self._told_no_loss:
+            self._told_no_loss = True
+            say(
+                logging.WARNING, "step %d: a rule compares the loss, and none was logged: call "
+                "watch.log(loss=loss) before optimizer.step()", step.number,
+            )  # fmt: skip
+        return NO_LOSS if loss is None else loss
 
     def _warn(self, step: _Step, reading: Reading) -> None:
         """One line when a `then: warn` rule goes over its limit, not one for each step."""
@@ -298,7 +328,15 @@ class Engine:
             tensor_norms_P=norms_P,
             tensor_coefs_P=coefs_P,
             present_P=present_P,
+            measures=tuple(self._of_all(step, values) for values in reading.measures),
         )
+
+    def _of_all(self, step: _Step, values_Q: Float32s) -> Float32s:
+        """[P] values of the present tensors, 0 of those that are not."""
+        if len(values_Q) == len(step.present) == self._num_parameters:
+            return values_Q
+        present_P = np.frombuffer(step.present, dtype=np.bool_)
+        return _spread(values_Q, present_P, 0.0)[: self._num_parameters]
 
     def _per_tensor(
         self, step: _Step, reading: Reading, clips: bool

@@ -55,6 +55,10 @@ class Recorder:
                 say(logging.WARNING, "watch.log: %s came when the record of its step was closed "
                     "by flush(); log before it", name)  # fmt: skip
 
+    def pending(self, step: int, name: str) -> float | None:
+        """What was logged under a name for a step that is due."""
+        return self._pending.get(step, {}).get(name)
+
     def defer(self, step: int, by: int) -> None:
         """What was logged for a step is that of a later one: some before it were never seen."""
         if step in self._pending:

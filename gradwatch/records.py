@@ -55,6 +55,18 @@ class Parameter:
     aliases: tuple[str, ...] = ()
     """Further names of a tied parameter; a selector may use any of them."""
 
+    unit_axis: int = 0
+    """The axis along which its output units lie: 0 in torch, another one where a layer keeps its
+    weights transposed."""
+
+    unit_groups: int = 1
+    """Groups of a transposed convolution: the units of each are behind one another."""
+
+    @property
+    def num_units(self) -> int:
+        """Output units; a tensor of fewer than 2 dimensions is one unit as a whole."""
+        return self.shape[self.unit_axis] * self.unit_groups if len(self.shape) > 1 else 1
+
     @property
     def num_elements(self) -> int:
         count = 1
@@ -136,6 +148,10 @@ class RunInfo:
     multiplying: tuple[str, ...] = ()
     """Those of them that change a gradient, by scaling or zeroing."""
 
+    measures: tuple[str, ...] = ()
+    """What is recorded of each tensor beside its L2 norm, since a rule compares it: `l1`, `linf`,
+    `weight`, `update`, or `unit:` and the name of a rule."""
+
     mode: str = "observe"
     """`enforce`, `shadow` or `observe` (no policy)."""
 
@@ -197,6 +213,10 @@ class StepRecord:
     present_P: Bools
     limits: Mapping[str, float] = field(default_factory=dict)
     """The limit in force, by rule name."""
+
+    measures: Mapping[str, Float32s] = field(default_factory=dict)
+    """[P] what the rules compared beside the L2 norm, by the names of `RunInfo.measures`; 0 where
+    there was nothing to measure."""
 
     micro_batches: int = 1
     weight: float = 1.0

@@ -26,6 +26,9 @@ __all__ = ["ClipRule", "default_eps", "default_name", "is_measure", "split_ndim"
 TORCH_EPS = 1e-6
 """What `torch.nn.utils.clip_grad_norm_` adds to the norm."""
 
+WEIGHT_FLOOR = 1e-3
+"""What the paper on adaptive gradient clipping takes, arXiv:2102.06171."""
+
 NDIM = re.compile(r"(<=|>=|==|<|>|)\s*([0-9]{1,2})")
 MEASURE = re.compile(r"l1|l2|linf|l[0-9]+(\.[0-9]+)?|rms|weight|update|loss")
 
@@ -98,10 +101,18 @@ class ClipRule(Section):
     """Number of dimensions, such as `<2` for biases and scales."""
 
     per: Literal["all", "group", "layer", "tensor", "unit", "element"] = "all"
-    """What has a norm of its own: everything selected as one vector, or each such part of it."""
+    """What has a norm of its own: everything selected as one vector, or each parameter group,
+    layer, tensor, output unit (such as a row of a linear layer) or element of it."""
 
-    measure: Annotated[str, BeforeValidator(_measure)] = "l2"
-    """What is compared with the limit."""
+    measure: Annotated[
+        str,
+        BeforeValidator(_measure),
+        WithJsonSchema({"type": "string", "pattern": f"^({MEASURE.pattern})$"}),
+    ] = "l2"
+    """What is compared with the limit: the l1, l2, linf or any l<p> norm of the gradient, its root
+    mean square (rms), its L2 norm over that of the weights (weight), the root mean square of the
+    update that the optimizer is about to make, before the learning rate (update), or the loss that
+    was logged for the step (loss)."""
 
     limit: Annotated[
         Annotated[Positive, Tag("<number>")]
@@ -126,12 +137,15 @@ class ClipRule(Section):
     L2 norm of everything selected to a number or a schedule; else 0."""
 
     floor: Positive | None = None
-    """Least weight norm that `measure: weight` divides by."""
+    """Least weight norm that `measure: weight` divides by. Left out there: 0.001."""
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
     def written(self, **defaults: Any) -> dict[str, Any]:
-        return super().written(name=default_name(self), eps=default_eps(self), **defaults)
+        floor = WEIGHT_FLOOR if self.measure == "weight" else None
+        return super().written(
+            name=default_name(self), eps=default_eps(self), floor=floor, **defaults
+        )
 
     @property
     def origin(self) -> Origin:
@@ -149,12 +163,28 @@ class ClipRule(Section):
         return floor
 
     @model_validator(mode="after")
+    def _compares_what_has_a_meaning(self) -> Self:
+        measure, per, then = self.measure, self.per, self.then
+        if measure == "loss" and (per != "all" or then in ("scale", "zero")):
+            refuse("must be per: all and then: skip, stop or warn where measure is loss")
+        if measure == "update" and (per in ("unit", "element") or then == "scale"):
+            refuse(
+                "must be per: all, group, layer or tensor and not then: scale where measure is "
+                "update"
+            )
+        if per == "element" and measure == "weight":
+            refuse("must not be per: element where measure is weight")
+        return self
+
+    @model_validator(mode="after")
     def _resolved(self) -> Self:
         # Not in `model_fields_set`: the policy may still give a default name another number.
         if "eps" not in self.model_fields_set:
             object.__setattr__(self, "eps", default_eps(self))
         if "name" not in self.model_fields_set:
             object.__setattr__(self, "name", default_name(self))
+        if self.measure == "weight" and self.floor is None:
+            object.__setattr__(self, "floor", WEIGHT_FLOOR)
         return self
 
 

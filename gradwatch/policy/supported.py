@@ -75,18 +75,6 @@ REFUSED = (
     ),
     Refusal("accumulate.sync", "Leave it out", what="the choice of when to reduce is"),
     Refusal("clip[].use", "Write the keys out", what="presets are", stands_for=("limit",)),
-    _words(
-        "clip[].per",
-        lambda value: value == "unit",
-        ("all", "group", "layer", "tensor", "element"),
-    ),
-    Refusal(
-        "clip[].measure",
-        "Use l1, l2, linf, l<p> or rms",
-        when=lambda value: value in ("weight", "update", "loss"),
-        working=("l1", "l2", "linf", "l<p>", "rms"),
-        pattern=r"^(linf|l[0-9]+(\.[0-9]+)?|rms)$",
-    ),
     _detector("loss_spike"),
     _detector("diverging"),
     _detector("collapsed"),

@@ -36,7 +36,6 @@ SERIES = (
     "loss_scale",
     "learning_rate",
 )
-_STEPS = f"SELECT {', '.join(COLUMNS)} FROM steps"
 
 
 def open_recording(path: str | os.PathLike[str]) -> Recording:
@@ -73,6 +72,7 @@ class Recording:
         self._connection = _connected(path)
         try:
             self.info = self._checked()
+            self._steps = _steps_query(self._connection)
         except sqlite3.Error as error:
             self.close()
             raise RecordingError(f"{path}: cannot be read ({error})") from error
@@ -107,7 +107,7 @@ class Recording:
         anomalies = self._anomalies_by_step()
         # The ring first: what the consumer moves meanwhile is then seen in both, not in neither.
         tail = {_key(record): record for record in self._in_ring() if low <= record.step < high}
-        query = f"{_STEPS} WHERE step >= ? AND step < ? ORDER BY id"
+        query = f"{self._steps} WHERE step >= ? AND step < ? ORDER BY id"
         for row in self._read(query, low, high):
             tail.pop(row[:2], None)
             yield record_from(row, self.info, anomalies.get(row[0], ()))
@@ -117,7 +117,7 @@ class Recording:
         """The newest records, oldest first."""
         tail = self._only_in_ring()[-count:] if count > 0 else []
         anomalies = self._anomalies_by_step()
-        rows = self._read(f"{_STEPS} ORDER BY id DESC LIMIT ?", max(0, count - len(tail)))
+        rows = self._read(f"{self._steps} ORDER BY id DESC LIMIT ?", max(0, count - len(tail)))
         stored = [record_from(row, self.info, anomalies.get(row[0], ())) for row in rows]
         return [*reversed(stored), *tail]
 
@@ -239,6 +239,13 @@ class Recording:
 def _key(record: StepRecord) -> tuple[int, float]:
     """A step can come again after a resume, and a clock can be set back; both at once cannot."""
     return record.step, record.time
+
+
+def _steps_query(connection: sqlite3.Connection) -> str:
+    """Of all columns; a recording of an earlier version has not each of them."""
+    known = {row[1] for row in connection.execute("PRAGMA table_info(steps)")}
+    columns = (name if name in known else f"NULL AS {name}" for name in COLUMNS)
+    return f"SELECT {', '.join(columns)} FROM steps"
 
 
 def _connected(path: Path) -> sqlite3.Connection:

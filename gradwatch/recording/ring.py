@@ -29,7 +29,7 @@ from gradwatch.saying import say
 
 __all__ = ["Ring", "Row", "read_ring"]
 
-MAGIC = b"gradwatch-ring-1"
+MAGIC = b"gradwatch-ring-2"
 SLOTS = 256
 NAMES = 32
 NAME_BYTES = 64
@@ -40,7 +40,8 @@ BEGUN, CLOSED = 24, 32
 """Offsets of the last two."""
 
 
-def _slot_dtype(num_parameters: int, num_rules: int) -> np.dtype[Any]:
+def _slot_dtype(info: RunInfo) -> np.dtype[Any]:
+    num_parameters, num_rules = len(info.layout.parameters), len(info.rules)
     return np.dtype(
         [
             ("before", "<u8"),
@@ -62,6 +63,7 @@ def _slot_dtype(num_parameters: int, num_rules: int) -> np.dtype[Any]:
             ("limits", "<f8", (num_rules,)),
             ("norms", "<f4", (num_parameters,)),
             ("coefs", "<f4", (num_parameters,)),
+            ("measures", "<f4", (len(info.measures), num_parameters)),
             ("present", "u1", (num_parameters,)),
             ("clipped", "u1"),
             ("after", "<u8"),
@@ -98,6 +100,9 @@ class Row:
     present_P: npt.NDArray[np.bool_] | None
     """None stands for all."""
 
+    measures: Sequence[npt.NDArray[np.float32]] = ()
+    """[M] by `info.measures`, each [P]; none where nothing was measured."""
+
 
 _PLAIN = tuple(field.name for field in fields(Row))[:13]
 """What one store each copies."""
@@ -112,7 +117,7 @@ class _Memory:
         self.buffer = buffer
         self.counters = np.frombuffer(buffer, "<u8", 2, BEGUN)
         self.names = np.frombuffer(buffer, f"S{NAME_BYTES}", NAMES, names_at)
-        dtype = _slot_dtype(len(info.layout.parameters), len(info.rules))
+        dtype = _slot_dtype(info)
         self.rows = np.frombuffer(buffer, dtype, slots, names_at + NAMES * NAME_BYTES)
 
     def copied(self, number: int) -> StepRecord | None:
@@ -147,6 +152,7 @@ class _Memory:
             tensor_coefs_P=row["coefs"],
             present_P=row["present"].astype(np.bool_),
             limits=dict(zip(info.rules, row["limits"].tolist(), strict=True)),
+            measures=dict(zip(info.measures, row["measures"], strict=True)),
             micro_batches=int(row["micro_batches"]),
             weight=float(row["weight"]),
             loss_scale=float(row["loss_scale"]),
@@ -173,7 +179,7 @@ class Ring:
 
         description = info_to_json(info).encode()
         names_at = -(-(HEADER.size + len(description)) // 64) * 64
-        dtype = _slot_dtype(len(info.layout.parameters), len(info.rules))
+        dtype = _slot_dtype(info)
         size = names_at + NAMES * NAME_BYTES + slots * dtype.itemsize
         buffer = mmap.mmap(-1, size) if path is None else _new_mapping(path, size)
         buffer[HEADER.size : HEADER.size + len(description)] = description
@@ -201,6 +207,8 @@ class Ring:
         columns["limits"][slot] = row.limits
         columns["norms"][slot] = row.tensor_norms_P
         columns["coefs"][slot] = 1.0 if row.tensor_coefs_P is None else row.tensor_coefs_P
+        if self._memory.info.measures:
+            columns["measures"][slot] = row.measures if len(row.measures) else 0.0
         columns["present"][slot] = 1 if row.present_P is None else row.present_P
         columns["clipped"][slot] = row.tensor_coefs_P is not None
         columns["logged"][slot] = 0
@@ -302,7 +310,7 @@ def read_ring(path: str | os.PathLike[str]) -> tuple[RunInfo, list[StepRecord]]:
     except RecordingError as error:
         raise RecordingError(f"{path}: {error}") from error
     names_at = -(-(HEADER.size + length) // 64) * 64
-    dtype = _slot_dtype(len(info.layout.parameters), len(info.rules))
+    dtype = _slot_dtype(info)
     if slots < 1 or len(content) < names_at + NAMES * NAME_BYTES + slots * dtype.itemsize:
         raise RecordingError(f"{path}: cut short")
     memory = _Memory(info, slots, content, names_at)

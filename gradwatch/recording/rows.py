@@ -37,6 +37,7 @@ COLUMNS = (
     "norms",
     "coefs",
     "absent",
+    "measures",
 )
 ANOMALY_COLUMNS = ("kind", "level", "step", "layer", "layers", "value", "expected", "message")
 
@@ -64,6 +65,7 @@ def row_of(record: StepRecord, rules: tuple[str, ...]) -> tuple[Any, ...]:
         _floats("<f4", record.tensor_norms_P),
         _coefs(record.tensor_coefs_P),
         None if record.present_P.all() else np.packbits(~record.present_P).tobytes(),
+        _floats("<f4", list(record.measures.values())) if record.measures else None,
     )
 
 
@@ -71,7 +73,7 @@ def record_from(row: Any, info: RunInfo, anomalies: tuple[Anomaly, ...] = ()) ->
     """The record of a row with COLUMNS, in that order."""
     values = dict(zip(COLUMNS, row, strict=True))
     count = len(info.layout.parameters)
-    limits = values.pop("limits")
+    limits, measures = values.pop("limits"), values.pop("measures")
     bits, absent, coefs = values.pop("fired"), values.pop("absent"), values.pop("coefs")
     scalars = json.loads(values.pop("scalars") or "{}")
     floats = {
@@ -87,6 +89,7 @@ def record_from(row: Any, info: RunInfo, anomalies: tuple[Anomaly, ...] = ()) ->
         skipped=values["skipped"],
         micro_batches=values["micro_batches"],
         limits=dict(zip(info.rules, np.frombuffer(limits or b"", "<f8").tolist(), strict=True)),
+        measures=_measures(measures, info),
         scalars={name: float(value) for name, value in scalars.items()},
         tensor_norms_P=np.frombuffer(values["norms"], "<f4"),
         tensor_coefs_P=_all_coefs(coefs, count),
@@ -94,6 +97,13 @@ def record_from(row: Any, info: RunInfo, anomalies: tuple[Anomaly, ...] = ()) ->
         anomalies=anomalies,
         **floats,
     )
+
+
+def _measures(stored: bytes | None, info: RunInfo) -> dict[str, Any]:
+    if stored is None:
+        return {}
+    values = np.frombuffer(stored, "<f4").reshape(len(info.measures), -1)
+    return dict(zip(info.measures, values, strict=True))
 
 
 def anomaly_row(anomaly: Anomaly) -> tuple[Any, ...]:

@@ -11,6 +11,8 @@ from gradwatch.records import Layout, Parameter, RunInfo
 
 __all__ = ["info_from_json", "info_to_json"]
 
+NAMES = ("rules", "multiplying", "measures")
+
 
 def info_to_json(info: RunInfo) -> str:
     return json.dumps(asdict(info))
@@ -23,15 +25,20 @@ def info_from_json(text: str | bytes) -> RunInfo:
     """
     try:
         data: dict[str, Any] = json.loads(text)
-        known = {field.name for field in fields(RunInfo)} - {"layout", "rules", "multiplying"}
+        known = {field.name for field in fields(RunInfo)} - {"layout", *NAMES}
         return RunInfo(
             layout=_layout(data["layout"]),
-            rules=tuple(str(rule) for rule in data["rules"]),
-            multiplying=tuple(str(rule) for rule in data["multiplying"]),
+            rules=_names(data["rules"]),
+            multiplying=_names(data["multiplying"]),
+            measures=_names(data.get("measures", ())),
             **{name: value for name, value in data.items() if name in known},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordingError(f"the description of the run cannot be read ({error})") from error
+
+
+def _names(names: list[Any]) -> tuple[str, ...]:
+    return tuple(str(name) for name in names)
 
 
 def _layout(data: dict[str, Any]) -> Layout:
@@ -42,6 +49,8 @@ def _layout(data: dict[str, Any]) -> Layout:
             module=str(entry["module"]),
             group=int(entry["group"]),
             aliases=tuple(str(alias) for alias in entry["aliases"]),
+            unit_axis=int(entry.get("unit_axis", 0)),
+            unit_groups=int(entry.get("unit_groups", 1)),
         )
         for entry in data["parameters"]
     )

@@ -16,7 +16,7 @@ from gradwatch.records import RunInfo, StepRecord
 
 __all__ = ["SCHEMA", "SCHEMA_VERSION", "Store", "new_recording_path"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_BYTES = 2 * 1024**3
 DELETED_AT_ONCE = 20
 """Retention takes away one row of so many when the bound is reached."""

@@ -20,11 +20,11 @@ import numpy as np
 from gradwatch.policy import ClipRule, Policy, Schedule, StatisticLimit, select
 from gradwatch.records import Bools, Indices, Layout
 from gradwatch.rules.arrays import NUMBERS, NUMPY, Arrays, Vector
-from gradwatch.rules.clipping import Decision, Limit, Rule
+from gradwatch.rules.clipping import LOSS, UPDATE, WEIGHT, Decision, Limit, Rule, UnitSlice
 from gradwatch.rules.limits import limit_at
 from gradwatch.rules.statistics import Bounds, State, begun, bounds, goal, learned
 
-__all__ = ["Chain"]
+__all__ = ["Chain", "measures_of"]
 
 KEPT = 64
 """Sets of present tensors whose rules are kept; a mixture of experts has many."""
@@ -38,12 +38,17 @@ class _Learning:
     num_units: int
     xp: Any
     state: State
+    signed: bool = False
+    """Whether it learns from a loss."""
+
     found: Bounds | None = None
 
     @classmethod
-    def begun(cls, statistic: StatisticLimit, num_units: int, xp: Any) -> _Learning:
+    def begun(cls, rule: ClipRule, num_units: int, xp: Any) -> _Learning:
+        assert isinstance(rule.limit, StatisticLimit)
         xp = NUMBERS if num_units == 1 and xp is NUMPY else xp
-        return cls(statistic, num_units, xp, begun(statistic, num_units, xp))
+        state = begun(rule.limit, num_units, xp)
+        return cls(rule.limit, num_units, xp, state, signed=rule.measure == LOSS)
 
     def quiet(self) -> contextlib.AbstractContextManager[object]:
         """Not a word of what divides by 0 in units without a history."""
@@ -63,7 +68,7 @@ class Chain:
         """
         self._clip = policy.clip
         self._statistics = {
-            k: _Learning.begun(rule.limit, num_units, statistics_xp or xp)
+            k: _Learning.begun(rule, num_units, statistics_xp or xp)
             for k, rule in enumerate(policy.clip)
             if isinstance(rule.limit, StatisticLimit)
             for num_units in (_units(rule, layout)[1],)
@@ -71,9 +76,13 @@ class Chain:
         self._xp = xp
         self._layout = layout
         self._selected = [select(rule, layout) for rule in policy.clip]
-        self.norm_types = tuple({2.0: None, **{_measure(rule)[0]: None for rule in policy.clip}})
+        keys = {2.0: None} | dict.fromkeys(_key(rule) for rule in policy.clip)
+        self.norm_types = tuple(key for key in keys if isinstance(key, float))
         """Every p whose p-norms the rules compare; 2 comes first, since it is always measured."""
 
+        self.compares_loss = LOSS in keys
+        self.compares_updates = UPDATE in keys
+        self.measures = measures_of(policy)
         self._points = [_points(rule) for rule in policy.clip]
         self._by_present: OrderedDict[bytes, tuple[Rule, ...]] = OrderedDict()
 
@@ -90,7 +99,7 @@ class Chain:
     def _learnt(self, k: int) -> Limit:
         learning, xp = self._statistics[k], self._xp
         with learning.quiet():
-            found = bounds(learning.statistic, learning.state, learning.xp)
+            found = bounds(learning.statistic, learning.state, learning.xp, signed=learning.signed)
         learning.found = found
         if learning.statistic.to == "limit" or learning.statistic.quantile is not None:
             return Limit(found.limit_U if learning.xp is NUMBERS else xp.doubles(found.limit_U))
@@ -116,8 +125,9 @@ class Chain:
                 units_U = units_U.reshape(1)
             with learning.quiet():
                 learning.state = learned(
-                    learning.statistic, learning.state, learning.found, units_U, usable, xp
-                )
+                    learning.statistic, learning.state, learning.found, units_U, usable, xp,
+                    signed=learning.signed,
+                )  # fmt: skip
             learning.found = None
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -170,6 +180,12 @@ class Chain:
             return [parameter.name for parameter in self._layout.parameters]
         if rule.per == "group":
             return [str(group) for group in range(_units(rule, self._layout)[1])]
+        if rule.per == "unit":
+            return [
+                f"{parameter.name}[{unit}]"
+                for parameter in self._layout.parameters
+                for unit in range(parameter.num_units)
+            ]
         return [rule.per]
 
     def rules(self, present: bytes) -> tuple[Rule, ...]:
@@ -189,38 +205,93 @@ class Chain:
             chosen = selected[present_P[selected]]
             units, num_units = _units(rule, self._layout)
             everything = len(chosen) == int(present_P.sum())
-            norm_type, is_rms = _measure(rule)
+            slices, tensor_of_U = None, None
+            if rule.per == "unit":
+                slices, tensor_of_U = self._slices(chosen, position_P, num_units)
+            elif units is not None:
+                tensor_of_U = units[chosen]
             rules.append(
                 Rule(
                     name=rule.name,
                     then=rule.then,
                     eps=rule.eps,
-                    norm_type=norm_type,
+                    key=_key(rule),
+                    norm_type=_norm_type(rule),
                     per_element=rule.per == "element",
-                    root_size_U=self._root_sizes(chosen, units, num_units) if is_rms else None,
+                    slices=slices,
+                    root_size_U=self._root_sizes(rule, chosen, units, num_units),
+                    floor=rule.floor or 0.0,
                     tensors=None if everything else self._xp.indices(position_P[chosen]),
                     positions=None if everything else tuple(position_P[chosen].tolist()),
-                    unit_of=None if units is None else self._xp.indices(units[chosen]),
+                    unit_of=None if tensor_of_U is None else self._xp.indices(tensor_of_U),
                     num_units=num_units,
                 )
             )
         return tuple(rules)
 
-    def _root_sizes(self, chosen: Indices, units: Indices | None, num_units: int) -> Vector:
+    def _slices(
+        self, chosen: Indices, position_P: Indices, num_units: int
+    ) -> tuple[tuple[UnitSlice, ...], Indices]:
+        """The output units of the chosen tensors among those of all, and [U] whose each one is."""
+        parameters = self._layout.parameters
+        ends = np.cumsum([parameter.num_units for parameter in parameters])
+        tensor_of_U = np.zeros(num_units, dtype=np.intp)
+        slices = []
+        for index in chosen:
+            parameter, position = parameters[index], int(position_P[index])
+            first = int(ends[index]) - parameter.num_units
+            tensor_of_U[first : first + parameter.num_units] = position
+            slices.append(
+                UnitSlice(position, first, parameter.num_units, parameter.unit_axis,
+                          parameter.unit_groups)
+            )  # fmt: skip
+        return tuple(slices), tensor_of_U
+
+    def _root_sizes(
+        self, rule: ClipRule, chosen: Indices, units: Indices | None, num_units: int
+    ) -> Vector | None:
         """[U] the square root of the number of elements of each unit, at least 1."""
-        sizes = np.array([p.num_elements for p in self._layout.parameters], dtype=np.float64)
-        unit_of = np.zeros(len(chosen), dtype=np.intp) if units is None else units[chosen]
-        sizes_U = np.bincount(unit_of, sizes[chosen], minlength=num_units)
+        if rule.per == "element" or rule.measure not in ("rms", UPDATE):
+            return None
+        parameters = self._layout.parameters
+        if rule.per == "unit":
+            sizes_U = np.repeat(
+                [p.num_elements / max(1, p.num_units) for p in parameters],
+                [p.num_units for p in parameters],
+            )
+        else:
+            sizes = np.array([p.num_elements for p in parameters], dtype=np.float64)
+            unit_of = np.zeros(len(chosen), dtype=np.intp) if units is None else units[chosen]
+            sizes_U = np.bincount(unit_of, sizes[chosen], minlength=num_units)
         return self._xp.floats(np.sqrt(np.maximum(sizes_U, 1.0)))
 
 
-def _measure(rule: ClipRule) -> tuple[float, bool]:
-    """The p of the p-norm that a rule compares, and whether it is divided by the root of a size."""
+def measures_of(policy: Policy) -> tuple[str, ...]:
+    """What is recorded of each tensor beside its L2 norm: what the rules compare."""
+    found = []
+    for rule in policy.clip:
+        if rule.per == "unit":
+            found.append(f"unit:{rule.name}")
+        elif rule.per == "element":
+            found.append("linf")
+        elif rule.measure in (WEIGHT, UPDATE) or _norm_type(rule) != 2.0:
+            found.append(rule.measure)
+    return tuple(dict.fromkeys(found))
+
+
+def _key(rule: ClipRule) -> float | str:
+    """Which norms a rule compares."""
+    if rule.per == "unit":
+        return f"units of {rule.name}"
+    return rule.measure if rule.measure in (UPDATE, LOSS) else _norm_type(rule)
+
+
+def _norm_type(rule: ClipRule) -> float:
+    """The p of the p-norm that a rule compares."""
     if rule.per == "element":
-        return math.inf, False  # the norm of one element is its absolute value, whatever p
-    if rule.measure == "rms":
-        return 2.0, True
-    return float(rule.measure.removeprefix("l")), False
+        return math.inf  # the norm of one element is its absolute value, whatever p
+    is_norm = rule.measure not in ("rms", WEIGHT, UPDATE, LOSS)
+    return float(rule.measure.removeprefix("l")) if is_norm else 2.0
 
 
 def _units(rule: ClipRule, layout: Layout) -> tuple[Indices | None, int]:
@@ -229,6 +300,8 @@ def _units(rule: ClipRule, layout: Layout) -> tuple[Indices | None, int]:
         return None, 1
     if rule.per == "layer":
         return layout.layer_of_P, len(layout.layers)
+    if rule.per == "unit":
+        return None, sum(parameter.num_units for parameter in layout.parameters)
     if rule.per == "group":
         groups = np.array([parameter.group for parameter in layout.parameters], dtype=np.intp)
         return groups, int(groups.max()) + 1

@@ -5,11 +5,13 @@
 P tensors in parameter order, K rules in the order of the policy, one vector of norms for each
 norm_type p that a rule uses. Scaling a tensor by c scales its norm by c, so a whole chain of rules
 needs one vector of norms and gives one vector of multipliers: the gradient is read once for each p
-and written at most once, whatever the chain. Only a rule per element touches the data in between.
+and written at most once, whatever the chain. Only rules per unit and per element touch the data in
+between.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,15 +20,48 @@ import numpy as np
 
 from gradwatch.rules.arrays import Arrays, Vector
 
-__all__ = ["Decision", "Limit", "Norms", "Rule", "Then", "Touch", "decide"]
+__all__ = [
+    "LOSS",
+    "NO_LOSS",
+    "UPDATE",
+    "WEIGHT",
+    "Decision",
+    "Limit",
+    "Norms",
+    "Rule",
+    "Then",
+    "Touch",
+    "UnitSlice",
+    "decide",
+]
 
 Then = Literal["scale", "skip", "zero", "stop", "warn"]
-Norms = Mapping[float, Vector]
-"""By norm_type the norm of each tensor [P]."""
+Norms = Mapping[float | str, Vector]
+"""By norm_type the norm of each tensor [P]. Beside them, where a rule asks for it: `WEIGHT` and
+`UPDATE` [P], the L2 norms of each weight and update; `LOSS` (0-d); and by the `key` of a rule per
+unit the norm of each unit [U], by its `weight_key` those of its weights."""
+
+LOSS, UPDATE, WEIGHT = "loss", "update", "weight"
+NO_LOSS = -math.inf
+"""Of a step for which none was logged: it is over no limit, and nothing is learned from it."""
 
 Touch = Callable[["Rule", Vector, Vector], Norms]
-"""Applies a rule per element to the data: the rule, the bound of each selected tensor's elements
-[S], and whether any element exceeds it (0-d). Returns the norms that all tensors have then."""
+"""Applies a rule per unit or element to the data: the rule, what each unit is multiplied by [U] or
+the bound of each selected tensor's elements [S], and whether any exceeds its limit (0-d). Returns
+the norms that there are then."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSlice:
+    """The output units of one tensor among those of a rule."""
+
+    position: int
+    """Of the tensor in the vector of norms."""
+
+    first: int
+    count: int
+    axis: int
+    groups: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +70,23 @@ class Rule:
 
     name: str
     then: Then
+    key: float | str = 2.0
+    """Which norms are compared."""
+
     norm_type: float = 2.0
-    """The p of the p-norm that is compared."""
+    """The p by which the norms of a unit's tensors combine."""
 
     per_element: bool = False
     """Whether each element is a unit of its own; `norm_type` is inf then."""
 
+    slices: tuple[UnitSlice, ...] | None = None
+    """The units of each present tensor, for a rule per unit."""
+
     root_size_U: Any = None
     """[U] or 0-d: what the L2 norm is divided by for the root mean square of a unit; None is 1."""
+
+    floor: float = 0.0
+    """Least weight norm that a norm is divided by; 0 where it is not."""
 
     eps: float = 0.0
     """Added to a unit's norm before the limit is divided by it."""
@@ -54,9 +98,14 @@ class Rule:
     """The same on the host."""
 
     unit_of: Any = None
-    """[S] which unit each selected tensor belongs to; None makes one unit of them all."""
+    """[S] which unit each selected tensor belongs to; None makes one unit of them all. For a rule
+    per unit [U] the position of the tensor that each unit is of."""
 
     num_units: int = 1
+
+    @property
+    def weight_key(self) -> str:
+        return WEIGHT if self.slices is None else f"{WEIGHT} of {self.key}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,26 +158,29 @@ def decide(
 
     Args:
         rules: K rules.
-        norms: by norm_type the norm of each tensor [P], float32 or float64; 2.0 is always there.
+        norms: of each tensor and whatever else the rules compare, float32 or float64; 2.0 is
+            always there.
         limits: K limits, floats, 0-d values of `xp` or `Limit`, all > 0.
         xp: the array library of the norms.
         zero_nonfinite: whether a tensor whose norm is not finite becomes 0 before the first rule.
-        touch: applies rules per element; needed where there is one that scales or zeroes.
+        touch: applies rules per unit and element; needed where there is one that scales or zeroes.
     """
     raw_P = norms[2.0]
     coefs_P = xp.ones_like(raw_P)
     if zero_nonfinite:
         finite_P = xp.isfinite(raw_P)
         coefs_P = xp.where(finite_P, coefs_P, 0.0)
-        norms = {p: xp.where(finite_P, norms_P, 0.0) for p, norms_P in norms.items()}
+        units_of = {rule.key: rule.unit_of for rule in rules if rule.slices is not None}
+        norms = {key: _finite_only(key, values, finite_P, units_of, xp)
+                 for key, values in norms.items()}  # fmt: skip
     now, over, units = norms, [], []
     changed = zero_nonfinite
     for rule, given in zip(rules, limits, strict=True):
         limit, to = (given.value_U, given.goal) if isinstance(given, Limit) else (given, None)
-        units.append(_measured(rule, norms[rule.norm_type], xp))
+        units.append(_measured(rule, norms, norms[rule.key], xp))
         units_U = units[-1]
         if rule.then == "scale" and changed:
-            units_U = _measured(rule, _left(now[rule.norm_type], coefs_P, xp), xp)
+            units_U = _measured(rule, norms, _left_of(rule, now[rule.key], coefs_P, xp), xp)
         if rule.then == "scale" and not rule.per_element:
             over.append((xp.isfinite(units_U) & (units_U > limit)).any())
         else:  # elements are clipped also beside one that is not finite
@@ -136,7 +188,14 @@ def decide(
         if rule.then not in ("scale", "zero"):
             continue
         changed = True
-        if rule.per_element:
+        if rule.slices is not None:
+            assert touch is not None, "a rule per unit needs the data"
+            if rule.then == "scale":
+                kept_U = clip_coefs(units_U, limit, rule.eps, xp, to)
+            else:
+                kept_U = xp.where(units_U <= limit, xp.ones_like(units_U), 0.0)
+            now = touch(rule, kept_U, over[-1])
+        elif rule.per_element:
             assert touch is not None, "a rule per element needs the data"
             running_S = _selected(rule, coefs_P)
             divisor_S = running_S if rule.then == "scale" else xp.ones_like(running_S)
@@ -176,14 +235,45 @@ def clip_coefs(
     return xp.where(xp.isfinite(norms_U), coefs_U, 1.0)
 
 
-def _measured(rule: Rule, norms_P: Vector, xp: Arrays) -> Vector:
-    """[U] the measure of each unit; of units per element the largest."""
-    norms_S = _selected(rule, norms_P)
-    if rule.unit_of is None:
-        measured_U = xp.norm(norms_S, rule.norm_type)
-    else:
-        measured_U = xp.segment_norm(norms_S, rule.unit_of, rule.num_units, rule.norm_type)
+def _measured(rule: Rule, norms: Norms, values: Vector, xp: Arrays) -> Vector:
+    """[U] the measure of each unit; of units per element the largest.
+
+    Args:
+        norms: where the norms of the weights are.
+        values: the norms of tensors or of units that are measured.
+    """
+    if rule.key == LOSS:
+        return values
+    measured_U = _combined(rule, values, xp)
+    if rule.floor:
+        weights_U = _combined(rule, norms[rule.weight_key], xp)
+        measured_U = measured_U / xp.where(weights_U > rule.floor, weights_U, rule.floor)
     return measured_U if rule.root_size_U is None else measured_U / rule.root_size_U
+
+
+def _combined(rule: Rule, values: Vector, xp: Arrays) -> Vector:
+    """[U] the norm of each unit from those of its tensors."""
+    if rule.slices is not None:
+        return values
+    norms_S = _selected(rule, values)
+    if rule.unit_of is None:
+        return xp.norm(norms_S, rule.norm_type)
+    return xp.segment_norm(norms_S, rule.unit_of, rule.num_units, rule.norm_type)
+
+
+def _left_of(rule: Rule, values: Vector, coefs_P: Vector, xp: Arrays) -> Vector:
+    """What is left of the norms that a rule compares."""
+    return _left(values, coefs_P if rule.slices is None else coefs_P[rule.unit_of], xp)
+
+
+def _finite_only(
+    key: float | str, values: Vector, finite_P: Vector, units_of: Mapping[Any, Any], xp: Arrays
+) -> Vector:
+    """The norms without those of tensors that become 0."""
+    if key in units_of:
+        return xp.where(finite_P[units_of[key]], values, 0.0)
+    is_of_gradients = key == UPDATE or not isinstance(key, str)
+    return xp.where(finite_P, values, 0.0) if is_of_gradients else values
 
 
 def _left(norms_P: Vector, coefs_P: Vector, xp: Arrays) -> Vector:

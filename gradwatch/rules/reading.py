@@ -1,6 +1,6 @@
 """One decided step as the host reads it, and as one vector on its way there.
 
-Decision, norms_Q  ->  pack: one vector on the device  ->  unpack: Reading
+Decision, norms  ->  pack: one vector on the device  ->  unpack: Reading
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 
 from gradwatch.records import Float32s
 from gradwatch.rules.arrays import Arrays, Vector
-from gradwatch.rules.clipping import Decision, Limit
+from gradwatch.rules.clipping import Decision, Limit, Norms, Rule
 
-__all__ = ["Reading", "least", "overflowed", "pack", "unapplied", "unpack"]
+__all__ = ["Reading", "compared", "least", "overflowed", "pack", "unapplied", "unpack"]
 
 PLAIN = 4
 """Numbers that come first: both total norms, the loss scale, whether a scaler drops the step."""
@@ -37,6 +37,9 @@ class Reading:
     norms_Q: Float32s
     kept_Q: Float32s
     """The norm of each tensor after the chain over its norm before."""
+
+    measures: tuple[Float32s, ...] = ()
+    """[M] what the rules compared beside the L2 norm, of each tensor [Q]."""
 
     loss_scale: float = math.nan
     """What the gradients were still multiplied by; NaN where they were not."""
@@ -72,6 +75,26 @@ def least(limit: float | Limit) -> Any:
     return limit.value_U if isinstance(limit.value_U, float) else limit.value_U.min()
 
 
+@np.errstate(invalid="ignore")
+def compared(
+    names: Sequence[str], rules: Sequence[Rule], norms: Norms, decision: Decision, xp: Arrays
+) -> list[Vector]:
+    """What the rules compared of each tensor [Q], by the names of `RunInfo.measures`: a norm as it
+    is, and of the units of a tensor the largest measure."""
+    by_rule = {f"unit:{rule.name}": k for k, rule in enumerate(rules)}
+    found = []
+    for name in names:
+        if name in by_rule:
+            k = by_rule[name]
+            largest = xp.segment_norm(
+                decision.units[k], rules[k].unit_of, len(norms[2.0]), math.inf
+            )
+            found.append(largest)
+        else:
+            found.append(norms[name if name in norms else float(name.removeprefix("l"))])
+    return found
+
+
 def pack(
     decision: Decision,
     limits: Sequence[float | Limit],
@@ -79,6 +102,7 @@ def pack(
     scale: Any,
     found_inf: Any,
     xp: Arrays,
+    measures: Sequence[Vector] = (),
 ) -> Vector:
     """All of a reading as one vector, without reading the device; None for what there is not."""
     plain = [decision.total_norm, decision.total_norm_clipped]
@@ -88,22 +112,24 @@ def pack(
         least(limit) if isinstance(limit, Limit) else xp.full_like(plain[0], limit)
         for limit in limits
     ]
-    return xp.concat([*plain, *decision.over, *numbers, norms_Q, decision.kept_P])
+    return xp.concat([*plain, *decision.over, *numbers, norms_Q, decision.kept_P, *measures])
 
 
-def unpack(vector: Any, num_rules: int) -> Reading:
+def unpack(vector: Any, num_rules: int, num_measures: int = 0) -> Reading:
     """The reading that was packed into a vector, which is on the host now."""
     total_norm, total_norm_clipped, scale, found_inf = (float(x) for x in vector[:PLAIN])
     behind = PLAIN + 2 * num_rules
-    tensors = np.asarray(vector[behind:], dtype=np.float32)
-    count = len(tensors) // 2
+    norms_Q, kept_Q, *measures = np.split(
+        np.asarray(vector[behind:], dtype=np.float32), 2 + num_measures
+    )
     return Reading(
         total_norm=total_norm,
         total_norm_clipped=total_norm_clipped,
         over=tuple(bool(x) for x in vector[PLAIN : PLAIN + num_rules]),
         limits=tuple(float(x) for x in vector[PLAIN + num_rules : behind]),
-        norms_Q=tensors[:count],
-        kept_Q=tensors[count:],
+        norms_Q=norms_Q,
+        kept_Q=kept_Q,
+        measures=tuple(measures),
         loss_scale=scale,
         overflow=found_inf != 0,
     )

@@ -79,8 +79,12 @@ def begun(statistic: StatisticLimit, num_units: int, xp: Arrays) -> State:
     return State(zeros_U, zeros_U, zeros_U, xp.ring(np.zeros((num_units, width))))
 
 
-def bounds(statistic: StatisticLimit, state: State, xp: Arrays) -> Bounds:
-    """The limits of the step that is due; that step has no part in them."""
+def bounds(statistic: StatisticLimit, state: State, xp: Arrays, *, signed: bool = False) -> Bounds:
+    """The limits of the step that is due; that step has no part in them.
+
+    Args:
+        signed: whether values may be below 0, as a loss may.
+    """
     lib = xp.lib
     if statistic.window is not None and statistic.quantile is None:
         mu_U, v_U = xp.ring_moments(state.ring_UW, state.count_U)
@@ -102,7 +106,9 @@ def bounds(statistic: StatisticLimit, state: State, xp: Arrays) -> Bounds:
     limit_U = lib.clip(limit_U, low, high)
     until = math.inf if statistic.until is None else statistic.until
     # A window of nothing, or a history of zeros, is no limit.
-    known_U = (state.count_U >= max(statistic.warmup, 1)) & (limit_U > 0)
+    known_U = state.count_U >= max(statistic.warmup, 1)
+    if not signed:
+        known_U = known_U & (limit_U > 0)
     return Bounds(lib.where(known_U, limit_U, until + 0 * state.count_U), mu_U, sigma_U)
 
 
@@ -128,15 +134,20 @@ def learned(
     norms_U: Vector,
     usable: Vector,
     xp: Arrays,
+    *,
+    signed: bool = False,
 ) -> State:
     """The history with this step; what is not finite or not above 0 leaves it as it is.
 
     Args:
+        signed: whether values of 0 and below are taken as well; there is no logarithm of them.
         norms_U: raw, before any rule, in float64.
         usable: 0-d, whether the step may be learned from: its whole gradient is finite.
     """
     lib = xp.lib
-    accept_U = usable & lib.isfinite(norms_U) & (norms_U > 0)
+    accept_U = usable & lib.isfinite(norms_U)
+    if not signed or _in_logs(statistic):
+        accept_U = accept_U & (norms_U > 0)
     over_U = norms_U > found.limit_U
     warm_U = state.count_U >= statistic.warmup
     taken_U = lib.where(accept_U, norms_U, 1.0 + 0 * state.count_U)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,15 @@ import torch
 
 from gradwatch.records import Float32s
 from gradwatch.rules.arrays import Arrays, Vector
-from gradwatch.rules.clipping import Norms, Rule
+from gradwatch.rules.clipping import Rule
 from gradwatch.torch.arrays import HostArrays, TorchArrays
 from gradwatch.torch.fused import FusedSwitches
 from gradwatch.torch.gradients import Gradients, clamp, drop, gather, scale, zero_above
 from gradwatch.torch.measure import Buckets, measure, refined, smallest_trusted
 from gradwatch.torch.plan import ON_HOST, Plan
 from gradwatch.torch.readback import Readback
+from gradwatch.torch.units import scale_units, unit_norms
+from gradwatch.torch.updates import update_norms
 
 __all__ = ["TorchBackend"]
 
@@ -40,6 +43,7 @@ class TorchBackend:
     ) -> None:
         self.reads_host = plan.reads_host
         self.parameters = list(parameters)
+        self._optimizer = optimizer
         self._device = CPU if plan.reads_host else parameters[0].device
         self.switches = None if optimizer is None else FusedSwitches(optimizer)
         self._fused = plan.fused
@@ -66,10 +70,17 @@ class TorchBackend:
 
     def _buckets_of(self, gradients: Gradients, norm_type: float) -> Buckets | None:
         values = gradients.values
-        if gradients.coalesced or not values:
+        if gradients.coalesced:
             return None  # sparse ones are of another size in each step
+        return self._buckets_for((gradients.present,), values, norm_type)
+
+    def _buckets_for(
+        self, of: tuple[object, ...], values: Sequence[torch.Tensor], norm_type: float
+    ) -> Buckets | None:
+        if not values:
+            return None
         # A model that is moved or cast has other gradients in the same places.
-        key = (gradients.present, norm_type, values[0].dtype, values[0].device)
+        key = (*of, norm_type, values[0].dtype, values[0].device)
         buckets = self._buckets.get(key)
         if buckets is None:
             buckets = self._buckets[key] = Buckets.of(values, norm_type)
@@ -103,40 +114,89 @@ class TorchBackend:
         # Each norm may fit where their total does not.
         return norms_Q.double() if total == math.inf and bool(norms_Q.isfinite().all()) else norms_Q
 
-    def touch(
+    def measure_units(self, gradients: Gradients, rule: Rule) -> Vector:
+        """[U] norms; in float64 where float32 overflows and the host is read."""
+        values, rows = gradients.values, gradients.rows
+        return self._of_units(rule, values, rows, rule.norm_type, gradients.unit)
+
+    def measure_weights(self, gradients: Gradients, rule: Rule) -> Vector:
+        weights = self._present(gradients)
+        if rule.slices is not None:
+            return self._of_units(rule, weights, {}, 2.0, 1.0)
+        buckets = self._buckets_for(("weights", gradients.present), weights, 2.0)
+        norms_Q = self._measured(weights, 1.0, 2.0, buckets)
+        return norms_Q.numpy() if self.reads_host else norms_Q
+
+    def measure_updates(self, gradients: Gradients) -> Vector:
+        assert self._optimizer is not None
+        norms_Q = update_norms(self._optimizer, self._present(gradients), gradients, self._device)
+        return norms_Q.numpy() if self.reads_host else norms_Q
+
+    def scalar(self, value: float) -> Vector:
+        number = torch.tensor(value, dtype=torch.float64, device=self._device)
+        return number.numpy() if self.reads_host else number
+
+    def _present(self, gradients: Gradients) -> list[torch.nn.Parameter]:
+        pairs = zip(self.parameters, gradients.present, strict=True)
+        return [parameter for parameter, present in pairs if present]
+
+    def _of_units(
         self,
-        gradients: Gradients,
         rule: Rule,
-        bounds_S: Vector,
-        over: Vector,
-        norms: Norms,
-        apply: bool,
-    ) -> Norms:
+        values: Sequence[torch.Tensor],
+        rows: Mapping[int, torch.Tensor],
+        norm_type: float,
+        unit: float | torch.Tensor,
+    ) -> Vector:
+        assert rule.slices is not None
+        measured = []
+        for of in rule.slices:
+            value, held = values[of.position], rows.get(of.position)
+            norms = unit_norms(value, of, norm_type, held)
+            if self.reads_host and not bool(norms.isfinite().all()):
+                norms = unit_norms(value.double(), of, norm_type, held)
+            measured.append(norms.to(self._device))
+        norms_U = _in_place(measured, [of.first for of in rule.slices], rule.num_units,
+                            self._device)  # fmt: skip
+        if not (isinstance(unit, float) and unit == 1.0):
+            norms_U = norms_U * (unit.to(self._device) if isinstance(unit, torch.Tensor) else unit)
+        return norms_U.numpy() if self.reads_host else norms_U
+
+    def touch(
+        self, gradients: Gradients, rule: Rule, values: Vector, over: Vector, apply: bool
+    ) -> Gradients | None:
         if self.reads_host and not bool(over):
-            return norms
-        everything = rule.positions is None
-        chosen = range(len(gradients.values)) if rule.positions is None else rule.positions
-        values = [gradients.values[i] for i in chosen]
+            return None
         if apply:
             gradients.about_to_change()
+        changed = list(gradients.values)
+        chosen = range(len(changed)) if rule.positions is None else rule.positions
+        if not apply:
+            for i in chosen:
+                changed[i] = changed[i].clone()
+        given = torch.as_tensor(values)
+        if rule.slices is not None:
+            self._scale_units(rule, changed, gradients.rows, given)
         else:
-            values = [value.clone() for value in values]
-        unit = gradients.unit
-        unit = unit.to(self._device) if isinstance(unit, torch.Tensor) else unit
-        bounds = (torch.as_tensor(bounds_S).expand(len(values)) / unit).unbind()
-        (clamp if rule.then == "scale" else zero_above)(values, bounds)
-        after = {}
-        for norm_type, norms_Q in norms.items():
-            norms_S = self._measured(values, gradients.unit, norm_type)
-            if self.reads_host:
-                after[norm_type] = norms_Q.copy()
-                after[norm_type][slice(None) if everything else rule.tensors] = norms_S.numpy()
-            else:
-                norms_S = norms_S.to(norms_Q.dtype)
-                after[norm_type] = (
-                    norms_S if everything else norms_Q.index_copy(0, rule.tensors, norms_S)
-                )
-        return after
+            unit = gradients.unit
+            unit = unit.to(self._device) if isinstance(unit, torch.Tensor) else unit
+            bounds = (given.expand(len(chosen)) / unit).unbind()
+            bound = clamp if rule.then == "scale" else zero_above
+            bound([changed[i] for i in chosen], bounds)
+        return replace(gradients, values=changed)
+
+    def _scale_units(
+        self,
+        rule: Rule,
+        values: Sequence[torch.Tensor],
+        rows: Mapping[int, torch.Tensor],
+        by_U: torch.Tensor,
+    ) -> None:
+        assert rule.slices is not None
+        for of in rule.slices:
+            factors = by_U[of.first : of.first + of.count]
+            if not self.reads_host or bool((factors < 1.0).any()):
+                scale_units(values[of.position], of, factors, rows.get(of.position))
 
     @np.errstate(over="ignore")
     def host(self, vector: Vector) -> Float32s:
@@ -194,3 +254,17 @@ class TorchBackend:
     def _divisor(self, coefs_Q: torch.Tensor, factor: float) -> torch.Tensor:
         device = self.parameters[0].device
         return (1.0 / (coefs_Q[0] * factor)).to(device, torch.float32)
+
+
+def _in_place(
+    parts: Sequence[torch.Tensor], firsts: Sequence[int], count: int, device: torch.device
+) -> torch.Tensor:
+    """[count] the parts at their places, 0 between them."""
+    wide = any(part.dtype == torch.float64 for part in parts)
+    dtype = torch.float64 if wide else torch.float32
+    if sum(len(part) for part in parts) == count and list(firsts) == sorted(firsts) and parts:
+        return torch.cat([part.to(dtype) for part in parts])
+    out = torch.zeros(count, dtype=dtype, device=device)
+    for part, first in zip(parts, firsts, strict=True):
+        out[first : first + len(part)] = part.to(dtype)
+    return out

@@ -35,6 +35,11 @@ def clip_grads_(parameters: Parameters, policy: Policy) -> torch.Tensor:
             f"{policy.source}: clip_grads_ has no history that {learns[0]} could learn from: give "
             "it a number or a schedule, or attach a watch"
         )
+    if unknown := [rule.name for rule in policy.clip if rule.measure in ("loss", "update")]:
+        raise PolicyError(
+            f"{policy.source}: clip_grads_ sees neither loss nor optimizer, which {unknown[0]} "
+            "compares: attach a watch"
+        )
     tensors, described = _listed(parameters)
     if not tensors:
         return torch.tensor(0.0)

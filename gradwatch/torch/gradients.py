@@ -23,6 +23,9 @@ class Gradients:
     coalesced: list[tuple[torch.nn.Parameter, torch.Tensor]]
     """Sparse gradients whose values are those of a copy, to be put in place if they are changed."""
 
+    rows: dict[int, torch.Tensor]
+    """By position the rows that the values of a sparse gradient are of."""
+
     present: bytes
     """[P] 1 where the parameter has a gradient; hashable, so that plans can be kept by it."""
 
@@ -57,7 +60,7 @@ def gather(
     grads = [parameter.grad for parameter in parameters]
     present = bytes([grad is not None for grad in grads])
     values = [grad for grad in grads if grad is not None]
-    coalesced = []
+    coalesced, rows = [], {}
     if any(value.layout != torch.strided for value in values):
         owners = [parameter for parameter in parameters if parameter.grad is not None]
         for i, (owner, value) in enumerate(zip(owners, values, strict=True)):
@@ -65,7 +68,8 @@ def gather(
                 whole = value.coalesce()
                 coalesced.append((owner, whole))
                 values[i] = whole._values()
-    return Gradients(values, coalesced, present, factor, loss_scale, found_inf)
+                rows[i] = whole._indices()[0]
+    return Gradients(values, coalesced, rows, present, factor, loss_scale, found_inf)
 
 
 def scale(

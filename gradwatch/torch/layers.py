@@ -34,7 +34,7 @@ def watched_parameters(
         names.setdefault(parameter, []).append(name.replace(COMPILED, ""))
     _refuse_unwatchable(model, names)
     groups = dict.fromkeys(names, 0) if optimizer is None else dict(_grouped(optimizer))
-    owners = _owner_classes(model)
+    owners = _owners(model)
     tensors = [p for p in names if p in groups] + [p for p in groups if p not in names]
     if not tensors:
         raise AttachError(
@@ -48,9 +48,11 @@ def watched_parameters(
             Parameter(
                 name=first,
                 shape=tuple(tensor.shape),
-                module=owners.get(tensor, ""),
+                module=type(owners[tensor]).__name__ if tensor in owners else "",
                 group=groups[tensor],
                 aliases=tuple(aliases),
+                unit_axis=_unit_axis(owners.get(tensor)) if tensor.ndim > 1 else 0,
+                unit_groups=_unit_groups(owners.get(tensor)) if tensor.ndim > 1 else 1,
             )
         )
     return tensors, described
@@ -95,9 +97,22 @@ def _grouped(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.nn.Parame
             yield parameter, index
 
 
-def _owner_classes(model: torch.nn.Module) -> dict[torch.nn.Parameter, str]:
-    owners: dict[torch.nn.Parameter, str] = {}
+def _owners(model: torch.nn.Module) -> dict[torch.nn.Parameter, torch.nn.Module]:
+    owners: dict[torch.nn.Parameter, torch.nn.Module] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, type(module).__name__)
+            owners.setdefault(parameter, module)
     return owners
+
+
+def _unit_axis(owner: torch.nn.Module | None) -> int:
+    """The axis of the output units: the first one, but the second where weights are transposed."""
+    transposed = isinstance(owner, torch.nn.modules.conv._ConvTransposeNd)
+    # The linear layer of GPT-2 in transformers, whose weight is (in, out).
+    is_gpt2s = owner is not None and type(owner).__module__ == "transformers.pytorch_utils"
+    return 1 if transposed or (is_gpt2s and type(owner).__name__ == "Conv1D") else 0
+
+
+def _unit_groups(owner: torch.nn.Module | None) -> int:
+    is_transposed = isinstance(owner, torch.nn.modules.conv._ConvTransposeNd)
+    return int(owner.groups) if is_transposed else 1  # type: ignore[union-attr,arg-type]

@@ -69,7 +69,8 @@ def plan_for(
 
 
 def _has_one_scale(policy: Policy, layout: Layout) -> bool:
-    scaling = [rule for rule in policy.clip if rule.then == "scale" and rule.per != "element"]
+    touching = ("unit", "element")
+    scaling = [r for r in policy.clip if r.then == "scale" and r.per not in touching]
     whole = len(layout.parameters)
     return all(rule.per == "all" and len(select(rule, layout)) == whole for rule in scaling)
 

@@ -14,7 +14,9 @@ from gradwatch.accumulation import Closed
 from gradwatch.backend import StepContext
 from gradwatch.errors import AttachError, PolicyError, TrainingStopped
 from gradwatch.policy import Policy, check_against
+from gradwatch.policy.locating import policy_error
 from gradwatch.records import Layout, RunInfo
+from gradwatch.rules.chain import measures_of
 from gradwatch.saying import say
 from gradwatch.torch.accumulate import UnchangedLoop
 from gradwatch.torch.backend import TorchBackend
@@ -23,6 +25,7 @@ from gradwatch.torch.hooks import BackwardCounter, StepHooks, innermost, refuse_
 from gradwatch.torch.layers import watched_parameters
 from gradwatch.torch.plan import plan_for
 from gradwatch.torch.scaling import ScalerFollower
+from gradwatch.torch.updates import has_second_moments
 from gradwatch.watch import Watch
 
 __all__ = ["TorchWatch"]
@@ -56,11 +59,13 @@ class TorchWatch(Watch):
         tensors, parameters = watched_parameters(model, self._optimizer)
         layout = Layout.of(parameters, policy.grouping)
         check_against(policy, layout)
+        _refuse_unknown_updates(policy, self._optimizer)
         info = RunInfo(
             run=run,
             layout=layout,
             rules=tuple(rule.name for rule in policy.clip),
             multiplying=tuple(r.name for r in policy.clip if r.then in ("scale", "zero")),
+            measures=measures_of(policy),
             mode=policy.effective_mode,
             policy=policy.canonical_yaml(),
             policy_sha256=policy.sha256,
@@ -95,7 +100,11 @@ class TorchWatch(Watch):
     @torch.no_grad()
     def process(self) -> None:
         if self._optimizer is not None and _count(self._optimizer) != self._num_known:
-            self._extend()
+            try:
+                self._extend()
+            except Exception as error:
+                self._broke("watch the parameters that were added", error,
+                            "they are neither watched nor clipped")  # fmt: skip
         if self._is_due():
             super().process()
 
@@ -154,22 +163,26 @@ class TorchWatch(Watch):
 
     def _lost(self, error: Exception) -> None:
         """Accumulation broke, and with it at least one micro-batch is gone."""
-        self.pipeline.report("apply")
         self._unchanged = None
         self.window.close()
-        step = self._engine.num_steps
-        if self._policy.guard.on_error == "stop":
+        self._broke("accumulate", error, "each call of step() is a step from now on")
+
+    def _broke(self, what: str, error: Exception, after: str) -> None:
+        """Something failed that does not come again: no use in waiting for three in a row.
+
+        Raises:
+            TrainingStopped: the policy says stop.
+        """
+        self.pipeline.report("apply")
+        step, said = self._engine.num_steps, f"{type(error).__name__}: {error}"
+        if self._engine.enforcing and self._policy.guard.on_error == "stop":
             raise TrainingStopped(
-                f"stopped before the update of step {step}: gradwatch failed to accumulate "
-                f"({type(error).__name__}: {error}), guard.on_error is stop",
+                f"stopped before the update of step {step}: gradwatch failed to {what} ({said}), "
+                "guard.on_error is stop",
                 step=step,
                 reason="on_error",
             ) from error
-        say(
-            logging.CRITICAL,
-            "gradwatch failed to accumulate (%s: %s): each call of step() is a step from now on "
-            "(guard.on_error is observe)", type(error).__name__, error,
-        )  # fmt: skip
+        say(logging.CRITICAL, "gradwatch failed to %s (%s): %s", what, said, after)
 
     def _scaled(self) -> tuple[float, int]:
         """The loss scale, and the steps that its scaler has dropped unseen since the last one."""
@@ -261,6 +274,21 @@ def _refuse_to_enforce(policy: Policy, optimizer: torch.optim.Optimizer) -> None
             "LBFGS compares gradients along a line search, and changing them would break it. "
             "Attach without a policy, with mode: shadow, or use another optimizer."
         )
+
+
+def _refuse_unknown_updates(policy: Policy, optimizer: torch.optim.Optimizer | None) -> None:
+    """
+    Raises:
+        PolicyError: a rule compares updates that this optimizer does not scale by second moments.
+    """
+    rules = [rule for rule in policy.clip if rule.measure == "update"]
+    if rules and (optimizer is None or not has_second_moments(optimizer)):
+        kind = "none" if optimizer is None else type(optimizer).__name__
+        mistake = rules[0].origin.mistake(
+            ("measure",), ": update needs an optimizer with second moments, such as Adam, AdamW or "
+            f"RMSprop. Received: {kind}",
+        )  # fmt: skip
+        raise policy_error(rules[0].origin.source, [mistake])
 
 
 def _count(optimizer: torch.optim.Optimizer) -> int:

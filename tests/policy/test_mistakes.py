@@ -31,7 +31,8 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file():
     text = "clip:\n  - {limit: 0, per: row}\n  - {name: a}\nmode: on\nversion: 1\nlimit: 1\n"
     assert complaints(text) == [
         "policy.yaml:2:6: clip[0].limit must be > 0. Received: 0",
-        "policy.yaml:2:16: clip[0].per must be all, group, layer, tensor or element. Received: row",
+        "policy.yaml:2:16: clip[0].per must be all, group, layer, tensor, unit or element. "
+        "Received: row",
         "policy.yaml:3:5: clip[1].limit is required",
         "policy.yaml:4:1: mode must be enforce or shadow. Received: on",
         "policy.yaml:6:1: limit is not a key of the format. "
@@ -90,9 +91,10 @@ RULES = {
     "groups: -1": "3:5: clip[0].groups must be >= 0. Received: -1",
     "ndim: '<two'": "3:5: clip[0].ndim must compare with a number of dimensions, "
     "such as <2, >=2 or 2. Received: <two",
-    "per: tensors": "3:5: clip[0].per must be all, group, layer, tensor or element. "
+    "per: tensors": "3:5: clip[0].per must be all, group, layer, tensor, unit or element. "
     "Received: tensors",
-    "measure: l0": "3:5: clip[0].measure must be l1, l2, linf, l<p> or rms. Received: l0",
+    "measure: l0": "3:5: clip[0].measure must be l1, l2, linf, l<p>, rms, weight, update or loss. "
+    "Received: l0",
     "then: explode": "3:5: clip[0].then must be scale, skip, zero, stop or warn. Received: explode",
     "eps: -1": "3:5: clip[0].eps must be >= 0. Received: -1",
     "floor: 1": "3:5: clip[0].floor must be left out unless measure is weight. Received: 1",

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from gradwatch.errors import PolicyError
 from gradwatch.policy import (
+    Accumulate,
     Budget,
     ClipRule,
     Depth,
@@ -206,8 +207,8 @@ def test_a_rule_put_together_in_python_is_checked_like_any_other():
 
 
 def test_a_policy_put_together_in_python_is_held_to_what_works():
-    made = Policy(version=1, clip=(ClipRule(limit=StatisticLimit(z=4), per="unit"),))
-    with pytest.raises(PolicyError, match=r"<policy>: clip\[0\].per: unit is not supported"):
+    made = Policy(version=1, accumulate=Accumulate(steps=2, sync="every"))
+    with pytest.raises(PolicyError, match=r"<policy>: accumulate.sync: the choice of when"):
         load_policy(made)
 
 

@@ -18,10 +18,6 @@ def complaints(text: str) -> list[str]:
 RULES = {
     "{use: agc}": "5: clip[0].use: presets are not supported by this version yet. "
     "Write the keys out",
-    "{per: unit, limit: 1}": "5: clip[0].per: unit is not supported by this version yet. "
-    "Use all, group, layer, tensor or element",
-    "{measure: weight, limit: 1, floor: 1e-3}": "5: clip[0].measure: weight is not supported "
-    "by this version yet. Use l1, l2, linf, l<p> or rms",
 }
 
 
@@ -54,7 +50,8 @@ def test_a_detector_to_come_is_refused_by_name(kind):
 def test_what_is_refused_does_not_hide_other_mistakes():
     assert complaints("version: 1\nclip: [{limit: {z: -1}, per: x}, {use: agc, nme: a}]") == [
         "policy.yaml:2:17: clip[0].limit.z must be > 0. Received: -1",
-        "policy.yaml:2:25: clip[0].per must be all, group, layer, tensor or element. Received: x",
+        "policy.yaml:2:25: clip[0].per must be all, group, layer, tensor, unit or element. "
+        "Received: x",
         "policy.yaml:2:35: clip[1].use: presets are not supported by this version yet. "
         "Write the keys out",
         "policy.yaml:2:45: clip[1].nme is not a key of the format. Did you mean 'name'?",

@@ -51,7 +51,12 @@ def test_a_whole_chain_decides_without_a_value():
 def test_no_norm_type_needs_a_value(norm_type):
     xp = TorchArrays(META)
     rule = Rule(
-        name="r", then="scale", norm_type=norm_type, unit_of=xp.indices([0, 0, 1]), num_units=2
+        name="r",
+        then="scale",
+        key=norm_type,
+        norm_type=norm_type,
+        unit_of=xp.indices([0, 0, 1]),
+        num_units=2,
     )
     norms = {2.0: torch.empty(3, device=META), norm_type: torch.empty(3, device=META)}
     assert decide([rule], norms, [1.0], xp).coefs_P.device == META

@@ -383,3 +383,22 @@ class TestRefused:
         watch.process()
         assert len(watch.latest.fired) == 63
         assert np.isfinite(watch.latest.total_norm)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "observe"])
+def test_an_added_parameter_that_cannot_be_watched_is_a_failure_of_ours(
+    task, attach, on_error, caplog
+):
+    policy = {"version": 1, "guard": {"on_error": on_error}, "clip": [{"limit": 1.0}]}
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
+    watch = attach(task.model, optimizer, policy)
+    task.model.extra = torch.nn.Linear(2, 2, device="meta")
+    task.gradient(0)
+    optimizer.add_param_group({"params": task.model.extra.parameters()})
+    if on_error == "stop":
+        with pytest.raises(gradwatch.TrainingStopped, match=r"extra.weight is on the meta device"):
+            optimizer.step()
+        return
+    optimizer.step()
+    assert "they are neither watched nor clipped" in caplog.text
+    assert watch.latest.step == 0
