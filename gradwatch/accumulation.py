@@ -10,15 +10,15 @@ weights, and what makes any other one exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from gradwatch.errors import GradwatchError
-from gradwatch.policy import Accumulate, Schedule
+from gradwatch.errors import GradwatchError, PolicyError
+from gradwatch.policy import Accumulate, SampleTarget, Schedule
 
-__all__ = ["Closed", "MicroBatch", "Window", "micro_batches"]
+__all__ = ["Closed", "MicroBatch", "Window", "micro_batches", "samples_in"]
 
 Batch = TypeVar("Batch")
 
@@ -34,6 +34,9 @@ class Closed:
     factor: float
     """What the accumulated gradient is multiplied by."""
 
+    planned: int = 0
+    """Micro-batches that it was to have; 0 where it went on until it had its samples."""
+
 
 class Window:
     """The micro-batches of the optimizer step that is due."""
@@ -44,14 +47,24 @@ class Window:
         """Of the optimizer; read when a window begins."""
 
         self.count = 0
+        self.first_weight = 1.0
+        """Of the first micro-batch."""
+
         self._steps = 1
         self._planned = 1.0
         self._weight = 0.0
+        self._samples = 0
 
     @property
     def weighs(self) -> bool:
         """Whether micro-batches have weights of their own."""
         return self._accumulate is not None and self._accumulate.weigh == "weight"
+
+    @property
+    def target(self) -> int | None:
+        """Samples that the window is to have; None where it counts micro-batches."""
+        steps = None if self._accumulate is None else self._accumulate.steps
+        return steps.target if isinstance(steps, SampleTarget) else None
 
     @property
     def num_steps(self) -> int:
@@ -62,24 +75,36 @@ class Window:
     def is_full(self) -> bool:
         return self.count >= self.num_steps
 
-    def add(self, weight: float = 1.0) -> float:
+    def fills(self, samples: int) -> bool:
+        """Whether one more micro-batch, of so many samples, fills the window."""
+        if self.target is None:
+            return self.count + 1 >= self.num_steps
+        return (self._samples if self.count else 0) + samples >= self.target
+
+    def add(self, weight: float = 1.0, samples: int = 1) -> float:
         """One more micro-batch; what its loss is to be divided by."""
         weigh = "mean" if self._accumulate is None else self._accumulate.weigh
         weight = weight if weigh == "weight" else 1.0
         if self.count == 0:
             self._steps = self._steps_now()
+            if self.target is not None:
+                self._steps = math.ceil(self.target / max(1, samples))
+            self.first_weight = weight
+            self._samples = 0
             # Any number does that stays the same within the window; this one keeps losses near
             # their size, so that float16 stays in range.
             self._planned = 1.0 if weigh == "sum" else self._steps * (weight or 1.0)
             self._weight = 0.0
         self.count += 1
         self._weight += weight
+        self._samples += samples
         return self._planned / weight if weight else math.inf
 
-    def take_back(self, weight: float = 1.0) -> None:
+    def take_back(self, weight: float = 1.0, samples: int = 1) -> None:
         """One micro-batch less: its gradient never came."""
         self.count -= 1
         self._weight -= weight if self.weighs else 1.0
+        self._samples -= samples
 
     def close(self, *, divided: bool = True) -> Closed:
         """Ends the window; the next one begins with the next micro-batch.
@@ -90,7 +115,9 @@ class Window:
         weigh = "mean" if self._accumulate is None else self._accumulate.weigh
         exact = weigh == "sum" or self._weight == 0.0
         planned = self._planned if divided else 1.0
-        closed = Closed(self.count, self._weight, 1.0 if exact else planned / self._weight)
+        factor = 1.0 if exact else planned / self._weight
+        steps = 0 if self._accumulate is None or self.target is not None else self._steps
+        closed = Closed(self.count, self._weight, factor, steps)
         self.count = 0
         return closed
 
@@ -100,15 +127,25 @@ class Window:
             # Stairs: the last point at or before this step, else the first one.
             values = [value for step, value in steps.points if step <= self.step]
             steps = int(values[-1] if values else steps.points[0][1])
-        assert isinstance(steps, int), "targets of samples are refused when a policy is loaded"
-        return steps
+        return steps if isinstance(steps, int) else 1
 
 
 class MicroBatch(Generic[Batch]):
     """One batch of a loader, and its place in the window of its optimizer step."""
 
-    def __init__(self, batch: Batch, *, last: bool, window: Window) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        *,
+        last: bool,
+        window: Window,
+        samples: int = 1,
+        ended: Callable[[MicroBatch[Any]], None] = lambda micro: None,
+    ) -> None:
         self.batch = batch
+        self.samples = samples
+        """How many it holds; 1 where the policy does not count them."""
+
         self.last = last
         """Whether its step is due when it was used: known before its forward pass."""
 
@@ -117,7 +154,9 @@ class MicroBatch(Generic[Batch]):
 
         self._window = window
         self._weight = 1.0
-        self._divisor: float | None = None
+        self._ended = ended
+        self.divisor: float | None = None
+        """What its loss was divided by; None before."""
 
     def scale(self, loss: Any, weight: float = 1.0) -> Any:
         """The loss to call `backward` on: divided so that the window's gradients add up to G.
@@ -127,15 +166,15 @@ class MicroBatch(Generic[Batch]):
                 is scaled, with the same weight.
             weight: for `weigh: weight`, e.g. the number of samples or tokens that the mean is of.
         """
-        if self._divisor is None:
+        if self.divisor is None:
             self._weight = float(weight)
-            self._divisor = self._window.add(self._weight)
+            self.divisor = self._window.add(self._weight, self.samples)
         elif float(weight) != self._weight:
             raise GradwatchError(
                 f"micro.scale: a micro-batch has one weight. It was {self._weight:g} and is "
                 f"{float(weight):g} now; pass the same for each of its losses"
             )
-        return loss if self._divisor == 1.0 else loss / self._divisor
+        return loss if self.divisor == 1.0 else loss / self.divisor
 
     def __enter__(self) -> Self:
         return self
@@ -147,32 +186,66 @@ class MicroBatch(Generic[Batch]):
         traceback: TracebackType | None,
     ) -> None:
         self.failed = error is not None
-        if self.failed and self._divisor is not None:
-            self._window.take_back(self._weight)
-        if error is None and self._divisor is None:
+        if self.failed and self.divisor is not None:
+            self._window.take_back(self._weight, self.samples)
+        if error is None and self.divisor is None:
             raise GradwatchError(
                 "a micro-batch has ended whose loss was not scaled: the sum of its gradients would "
                 "not be their mean. Call micro.scale(loss).backward() inside `with micro:`"
             )
+        self._ended(self)
+
+
+def samples_in(batch: Any) -> int:
+    """The length of the first array or tensor in a batch: of itself, or of what it holds.
+
+    Raises:
+        PolicyError: there is none.
+    """
+    waiting = [batch]
+    while waiting:
+        part = waiting.pop()
+        shape = getattr(part, "shape", None)
+        if shape is not None and len(shape):
+            return int(shape[0])
+        if isinstance(part, Mapping):
+            waiting += reversed(list(part.values()))
+        elif isinstance(part, (list, tuple)):
+            waiting += reversed(part)
+        elif hasattr(part, "__dict__"):
+            waiting += reversed(list(vars(part).values()))
+    raise PolicyError(
+        "accumulate.steps: {target: ...} counts samples, and a batch of type "
+        f"{type(batch).__name__} holds no array. Pass watch.micro_batches(loader, samples=...), "
+        "a function of a batch"
+    )
 
 
 def micro_batches(
-    loader: Iterable[Batch], window: Window, *, partial: str, discard: Callable[[], None]
+    loader: Iterable[Batch],
+    window: Window,
+    *,
+    partial: str,
+    discard: Callable[[], None],
+    samples: Callable[[Batch], int] = samples_in,
+    ended: Callable[[MicroBatch[Any]], None] = lambda micro: None,
 ) -> Iterator[MicroBatch[Batch]]:
     """The batches of a loader, each with its place; looks one ahead for the end of the loader.
 
     Args:
         partial: what becomes of a window that the loader ends: `step`, `drop` or `carry`.
         discard: drops the gradients of a window that is not finished.
+        samples: counts those of a batch, where the window is to have so many.
+        ended: called behind each micro-batch, failed ones included.
     """
     end = object()
     batches = iter(loader)
     batch: Any = next(batches, end)
     while batch is not end:
         following: Any = next(batches, end)
-        full = window.count + 1 >= window.num_steps
-        ended = following is end and partial == "step"
-        micro = MicroBatch(batch, last=full or ended, window=window)
+        held = 1 if window.target is None else int(samples(batch))
+        last = window.fills(held) or (following is end and partial == "step")
+        micro = MicroBatch(batch, last=last, window=window, samples=held, ended=ended)
         yield micro
         if micro.last and window.count and not micro.failed:
             window.close()  # its step was not taken: a loss scaler dropped it

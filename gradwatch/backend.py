@@ -116,6 +116,16 @@ class StepContext:
     loss_scale: float = math.nan
     """NaN without a loss scaler."""
 
+    planned: int = 0
+    """Micro-batches that the policy plans for the step; 0 where it does not."""
+
+    first_norm: Any = None
+    """0-d: the L2 norm of the first micro-batch's own gradient, multiplied by the loss scale as the
+    gradients are; None where it was not measured."""
+
+    first_weight: float = 1.0
+    """Of that micro-batch, in the unit of `weight`."""
+
     overflows: int = 0
     """Steps that a loss scaler has dropped since the last one."""
 

@@ -16,21 +16,20 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gradwatch.backend import Backend, StepContext, act, measure_and_decide
+from gradwatch.due_step import DueStep, row_of
 from gradwatch.errors import TrainingStopped
 from gradwatch.policy import Policy
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Row
-from gradwatch.records import Bools, Float32s, Layout, RunInfo
+from gradwatch.records import Layout, RunInfo
 from gradwatch.rules.arrays import NUMPY
 from gradwatch.rules.chain import Chain
-from gradwatch.rules.clipping import NO_LOSS, Decision, Limit, Norms, Rule
+from gradwatch.rules.clipping import NO_LOSS, Decision, Norms
 from gradwatch.rules.guard import OVERFLOW, SkipHistory, Verdict, judge
+from gradwatch.rules.noise import NoiseScale
 from gradwatch.rules.reading import (
     Reading,
     compared,
@@ -46,22 +45,6 @@ __all__ = ["Engine"]
 
 TOLERATED_FAILURES = 3
 """Failures of our own in a row after which `guard.on_error` applies."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Step:
-    """A step from the moment that it is due until it is recorded."""
-
-    number: int
-    started: float
-    """By the performance counter."""
-
-    time: float
-    context: StepContext
-    limits: list[float | Limit]
-    present: bytes
-    rules: tuple[Rule, ...]
-    overhead_seconds: float = 0.0
 
 
 class Engine:
@@ -93,6 +76,8 @@ class Engine:
         self._failures_in_a_row = 0
         self._warning: set[str] = set()
         self._told_no_loss = False
+        self._noise = NoiseScale()
+        self._planned = 0
         self._last_started = math.nan
 
     def extend(self, backend: Backend, layout: Layout) -> None:
@@ -115,6 +100,8 @@ class Engine:
             "num_steps": self.num_steps,
             "skips": self._skips.state_dict(),
             "rules": self._chain.state_dict(),
+            "noise": self._noise.state_dict(),
+            "planned": self._planned,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -123,6 +110,8 @@ class Engine:
         anew = self._chain.load_state_dict(state["rules"])
         self.num_steps = int(state["num_steps"])
         self._skips = SkipHistory.of(state["skips"])
+        self._noise = NoiseScale.of(state["noise"])
+        self._planned = int(state["planned"])
         if anew:
             say(
                 logging.WARNING, "the histories of %s were not saved, or learn in another way "
@@ -148,6 +137,7 @@ class Engine:
         self.catch_up(wait=context.overflows > 0)
         if self._stopping is not None:
             raise self._stopping
+        self._note_planned(context.planned)
         for _ in range(context.overflows):
             due = self._due(context)
             self._finish(due, overflowed(due.limits))
@@ -178,6 +168,12 @@ class Engine:
         if reading is not None:
             self._end(step, reading, verdict)
 
+    def _note_planned(self, planned: int) -> None:
+        """More or fewer micro-batches in a step move the norm: its noise goes with 1/sqrt(B)."""
+        if planned and self._planned and planned != self._planned:
+            self._chain.begin_again(math.sqrt(self._planned / planned))
+        self._planned = planned or self._planned
+
     def catch_up(self, *, wait: bool) -> None:
         """Ends the steps whose decisions have come from the device meanwhile.
 
@@ -197,8 +193,8 @@ class Engine:
             except TrainingStopped as stopped:
                 self._stopping = self._stopping or stopped
 
-    def _due(self, context: StepContext) -> _Step:
-        step = _Step(
+    def _due(self, context: StepContext) -> DueStep:
+        step = DueStep(
             number=self.num_steps,
             started=time.perf_counter(),
             time=time.time(),
@@ -211,9 +207,11 @@ class Engine:
         self._skipped = None
         return step
 
-    def _read(self, gradients: Any, norms: Norms, decision: Decision, step: _Step) -> Reading:
+    def _read(self, gradients: Any, norms: Norms, decision: Decision, step: DueStep) -> Reading:
         scale, found_inf = gradients.loss_scale, gradients.found_inf
+        first_norm = step.context.first_norm
         reading = Reading(
+            first_norm=math.nan if first_norm is None else float(first_norm),
             limits=tuple(float(least(limit)) for limit in step.limits),
             total_norm=float(decision.total_norm),
             total_norm_clipped=float(decision.total_norm_clipped),
@@ -237,7 +235,7 @@ class Engine:
         if self.enforcing and not verdict.stop and verdict.skip != OVERFLOW:
             act(self._backend, gradients, decision, verdict, factor)
 
-    def _act_unread(self, gradients: Any, norms: Norms, decision: Decision, step: _Step) -> None:
+    def _act_unread(self, gradients: Any, norms: Norms, decision: Decision, step: DueStep) -> None:
         """Acts as `judge` will find when it reads the same numbers."""
         skip, xp = None, self._backend.xp
         if self._guard.nonfinite == "skip":
@@ -250,14 +248,17 @@ class Engine:
         self._chain.learn(decision, xp.isfinite(decision.total_norm))
         scale, found_inf = gradients.loss_scale, gradients.found_inf
         measures = compared(self._chain.measures, step.rules, norms, decision, xp)
-        packed = pack(decision, step.limits, norms[2.0], scale, found_inf, xp, measures)
+        packed = pack(
+            decision, step.limits, norms[2.0], scale, found_inf, xp, measures,
+            step.context.first_norm,
+        )  # fmt: skip
         self._backend.send(packed, step)
 
-    def _finish(self, step: _Step, reading: Reading) -> None:
+    def _finish(self, step: DueStep, reading: Reading) -> None:
         """Judges and ends a step of which the host learns when it is over."""
         self._end(step, reading, self._judged(step, reading))
 
-    def _judged(self, step: _Step, reading: Reading) -> Verdict:
+    def _judged(self, step: DueStep, reading: Reading) -> Verdict:
         verdict, self._skips = judge(
             self._guard, step.rules, reading.over, reading.total_norm, self._skips, step.number,
             overflow=reading.overflow,
@@ -265,7 +266,7 @@ class Engine:
         self._warn(step, reading)
         return verdict
 
-    def _loss(self, step: _Step) -> float:
+    def _loss(self, step: DueStep) -> float:
         """What was logged for the step before it; says once where a rule misses it."""
         if not self._chain.compares_loss:
             return NO_LOSS
@@ -278,7 +279,7 @@ class Engine:
             )  # fmt: skip
         return NO_LOSS if loss is None else loss
 
-    def _warn(self, step: _Step, reading: Reading) -> None:
+    def _warn(self, step: DueStep, reading: Reading) -> None:
         """One line when a `then: warn` rule goes over its limit, not one for each step."""
         for rule, limit, is_over in zip(step.rules, reading.limits, reading.over, strict=False):
             if rule.then == "warn" and is_over and rule.name not in self._warning:
@@ -289,7 +290,7 @@ class Engine:
                 )  # fmt: skip
             (self._warning.add if is_over else self._warning.discard)(rule.name)
 
-    def _end(self, step: _Step, reading: Reading, verdict: Verdict) -> None:
+    def _end(self, step: DueStep, reading: Reading, verdict: Verdict) -> None:
         """Hands a step over to the recorder.
 
         Raises:
@@ -305,51 +306,19 @@ class Engine:
         if verdict.stop and self.enforcing:
             raise _stopped(step.number, verdict.stop, verdict.skip or "")
 
-    def _row(self, step: _Step, reading: Reading, verdict: Verdict) -> Row:
-        clips = not verdict.skip and bool(reading.kept_Q.min(initial=1.0) < 1.0)
-        clipped = reading.total_norm_clipped if clips else reading.total_norm
-        norms_P, coefs_P, present_P = self._per_tensor(step, reading, clips)
+    def _row(self, step: DueStep, reading: Reading, verdict: Verdict) -> Row:
         context, scale = step.context, reading.loss_scale
-        return Row(
-            step=step.number,
-            time=step.time,
-            duration_seconds=step.started - self._last_started,
-            overhead_seconds=step.overhead_seconds,
-            total_norm=reading.total_norm,
-            total_norm_clipped=clipped,
-            clip_coef=_ratio(clipped, reading.total_norm) if clips else 1.0,
-            fired=sum(1 << k for k, is_over in enumerate(reading.over) if is_over),
-            skipped=self._reason_code.get(verdict.skip or "", 0),
-            micro_batches=context.micro_batches,
-            weight=context.weight,
-            loss_scale=scale if math.isfinite(scale) else context.loss_scale,
-            learning_rate=context.learning_rate,
-            limits=reading.limits,
-            tensor_norms_P=norms_P,
-            tensor_coefs_P=coefs_P,
-            present_P=present_P,
-            measures=tuple(self._of_all(step, values) for values in reading.measures),
-        )
+        scale = scale if math.isfinite(scale) else context.loss_scale
+        if not verdict.skip:
+            first = reading.first_norm / scale if scale > 0 else reading.first_norm
+            self._noise.observe(first, context.first_weight, reading.total_norm, context.weight)
+        return row_of(
+            step, reading, count=self._num_parameters, clips=not verdict.skip,
+            skipped=self._reason_code.get(verdict.skip or "", 0), loss_scale=scale,
+            noise_scale=self._noise.value, duration_seconds=step.started - self._last_started,
+        )  # fmt: skip
 
-    def _of_all(self, step: _Step, values_Q: Float32s) -> Float32s:
-        """[P] values of the present tensors, 0 of those that are not."""
-        if len(values_Q) == len(step.present) == self._num_parameters:
-            return values_Q
-        present_P = np.frombuffer(step.present, dtype=np.bool_)
-        return _spread(values_Q, present_P, 0.0)[: self._num_parameters]
-
-    def _per_tensor(
-        self, step: _Step, reading: Reading, clips: bool
-    ) -> tuple[Float32s, Float32s | None, Bools | None]:
-        """Norms, coefs and presence [P]; None stands for coefs that are all 1, and for all."""
-        coefs_Q, count = reading.kept_Q if clips else None, self._num_parameters
-        if len(reading.norms_Q) == len(step.present) == count:
-            return reading.norms_Q, coefs_Q, None
-        present_P = np.frombuffer(step.present, dtype=np.bool_)
-        coefs_P = None if coefs_Q is None else _spread(coefs_Q, present_P, 1.0)[:count]
-        return _spread(reading.norms_Q, present_P, 0.0)[:count], coefs_P, present_P[:count]
-
-    def _failed(self, component: str, step: _Step) -> None:
+    def _failed(self, component: str, step: DueStep) -> None:
         """Counts a failure to decide or to apply, and does what `guard.on_error` says."""
         self._on_error(component)
         self._failures_in_a_row += 1
@@ -369,13 +338,3 @@ class Engine:
 def _stopped(step: int, why: str, reason: str) -> TrainingStopped:
     message = f"stopped before the update of step {step}: {why}"
     return TrainingStopped(message, step=step, reason=reason)
-
-
-def _ratio(after: float, before: float) -> float:
-    return after / before if before and math.isfinite(before) else 1.0
-
-
-def _spread(values_Q: Float32s, present_P: Bools, fill: float) -> Float32s:
-    values_P = np.full(len(present_P), fill, dtype=np.float32)
-    values_P[present_P] = values_Q
-    return values_P

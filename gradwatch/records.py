@@ -222,6 +222,10 @@ class StepRecord:
     weight: float = 1.0
     loss_scale: float = float("nan")
     learning_rate: float = float("nan")
+    noise_scale: float = float("nan")
+    """Batch size at which noise and signal are equal (B_simple), in micro-batches, or in the unit
+    of the weights where they have some; NaN while it is not known."""
+
     duration_seconds: float = float("nan")
     """Since the step before; NaN for the first."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsFloat, TypeVar
 
-from gradwatch.accumulation import MicroBatch, Window, micro_batches
+from gradwatch.accumulation import MicroBatch, Window, micro_batches, samples_in
 from gradwatch.backend import Backend, StepContext
 from gradwatch.engine import Engine
 from gradwatch.errors import GradwatchError, PolicyError, TrainingStopped
@@ -219,7 +219,9 @@ class Watch:
 
     # Accumulation
 
-    def micro_batches(self, loader: Iterable[Batch]) -> Iterator[MicroBatch[Batch]]:
+    def micro_batches(
+        self, loader: Iterable[Batch], *, samples: Callable[[Batch], int] = samples_in
+    ) -> Iterator[MicroBatch[Batch]]:
         """The batches of a loader, as micro-batches of the policy's `accumulate`.
 
             for micro in watch.micro_batches(loader):
@@ -233,6 +235,10 @@ class Watch:
         Looks one batch ahead, so that `micro.last` is known before the forward pass. A last,
         shorter window is handled as the policy's `partial` says; the gradient is exact.
 
+        Args:
+            samples: counts those of a batch, for `steps: {target: ...}`; by default the length of
+                the first tensor in it.
+
         Raises:
             PolicyError: `drive: loop` says that the loop itself divides.
         """
@@ -242,9 +248,12 @@ class Watch:
                 "watch.micro_batches divides the loss, and accumulate.drive: loop says that the "
                 "loop does. Use drive: hook, or a plain loop"
             )
-        return self._marked_batches(loader, "step" if accumulate is None else accumulate.partial)
+        partial = "step" if accumulate is None else accumulate.partial
+        return self._marked_batches(loader, partial, samples)
 
-    def _marked_batches(self, loader: Iterable[Batch], partial: str) -> Iterator[MicroBatch[Batch]]:
+    def _marked_batches(
+        self, loader: Iterable[Batch], partial: str, samples: Callable[[Batch], int]
+    ) -> Iterator[MicroBatch[Batch]]:
         self._abandon()
         self._marked = True
         if self.window.count and not (partial == "carry" and self._has_gradients()):
@@ -256,7 +265,10 @@ class Watch:
             self._discard()
         self.window.step = self._engine.num_steps
         try:
-            yield from micro_batches(loader, self.window, partial=partial, discard=self._discard)
+            yield from micro_batches(
+                loader, self.window, partial=partial, discard=self._discard, samples=samples,
+                ended=self._micro_ended,
+            )  # fmt: skip
         finally:
             self._marked = self.window.count > 0
 
@@ -326,6 +338,9 @@ class Watch:
 
     def _discard(self) -> None:
         """Drops the gradients of a window that was not finished."""
+
+    def _micro_ended(self, micro: MicroBatch[Any]) -> None:
+        """A marked micro-batch has run backward, or has failed to."""
 
     def _has_gradients(self) -> bool:
         """Whether there are any that are not 0."""

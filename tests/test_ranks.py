@@ -22,6 +22,7 @@ RANKS = {
     "recorder": 5,
     "consumer": 5,
     "pipeline": 5,
+    "due_step": 5,
     "engine": 5,
     "backend": 5,
     "accumulation": 5,

@@ -85,6 +85,11 @@ _SPECS = (
     MetricSpec("loss", "gauge", "Last loss given to watch.log."),
     MetricSpec("loss_scale", "gauge", "Loss scale of mixed precision, when one is known."),
     MetricSpec("learning_rate", "gauge", "Learning rate of the first parameter group."),
+    MetricSpec(
+        "noise_scale",
+        "gauge",
+        "Batch size at which noise and signal are equal, in micro-batches or the unit of weights.",
+    ),
     MetricSpec("limit", "gauge", "Limit in force.", ("rule",)),
     MetricSpec(
         "enforcing",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gradwatch.policy.accumulate import Accumulate
+from gradwatch.policy.accumulate import Accumulate, SampleTarget
 from gradwatch.policy.clip import ClipRule
 from gradwatch.policy.forms import Schedule
 from gradwatch.policy.models import Depth, Guard, Policy
@@ -92,7 +92,11 @@ def _accumulate(accumulate: Accumulate) -> Iterator[str]:
         if isinstance(steps, Schedule)
         else str(steps)
     )
-    yield f"accumulate: {count} micro-batches make one step, {WEIGH[accumulate.weigh]}."
+    if isinstance(steps, SampleTarget):
+        count = f"micro-batches of {steps.target} samples together"
+    else:
+        count = f"{count} micro-batches"
+    yield f"accumulate: {count} make one step, {WEIGH[accumulate.weigh]}."
     yield f"accumulate: {DRIVE[accumulate.drive]}"
     yield f"accumulate: a shorter last window is {PARTIAL[accumulate.partial]}."
 

@@ -66,13 +66,6 @@ def _detector(kind: str) -> Refusal:
 
 
 REFUSED = (
-    Refusal(
-        "accumulate.steps",
-        "Use a number or a schedule",
-        what="a target of samples is",
-        when=lambda value: isinstance(value, dict) and "target" in value,
-        model="SampleTarget",
-    ),
     Refusal("accumulate.sync", "Leave it out", what="the choice of when to reduce is"),
     Refusal("clip[].use", "Write the keys out", what="presets are", stands_for=("limit",)),
     _detector("loss_spike"),

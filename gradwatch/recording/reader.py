@@ -35,6 +35,7 @@ SERIES = (
     "weight",
     "loss_scale",
     "learning_rate",
+    "noise_scale",
 )
 
 

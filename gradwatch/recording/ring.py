@@ -11,6 +11,7 @@ it asked for, before and after copying.
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import os
 import struct
@@ -58,6 +59,7 @@ def _slot_dtype(info: RunInfo) -> np.dtype[Any]:
             ("weight", "<f8"),
             ("loss_scale", "<f8"),
             ("learning_rate", "<f8"),
+            ("noise_scale", "<f8"),
             ("logged", "<u8"),
             ("scalars", "<f8", (NAMES,)),
             ("limits", "<f8", (num_rules,)),
@@ -92,6 +94,7 @@ class Row:
     weight: float
     loss_scale: float
     learning_rate: float
+    noise_scale: float = math.nan
     limits: Sequence[float]
     tensor_norms_P: npt.NDArray[np.float32]
     tensor_coefs_P: npt.NDArray[np.float32] | None
@@ -104,7 +107,7 @@ class Row:
     """[M] by `info.measures`, each [P]; none where nothing was measured."""
 
 
-_PLAIN = tuple(field.name for field in fields(Row))[:13]
+_PLAIN = tuple(field.name for field in fields(Row))[:14]
 """What one store each copies."""
 
 
@@ -157,6 +160,7 @@ class _Memory:
             weight=float(row["weight"]),
             loss_scale=float(row["loss_scale"]),
             learning_rate=float(row["learning_rate"]),
+            noise_scale=float(row["noise_scale"]),
             duration_seconds=float(row["duration_seconds"]),
             overhead_seconds=float(row["overhead_seconds"]),
             scalars=scalars,

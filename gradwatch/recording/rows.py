@@ -38,6 +38,7 @@ COLUMNS = (
     "coefs",
     "absent",
     "measures",
+    "noise_scale",
 )
 ANOMALY_COLUMNS = ("kind", "level", "step", "layer", "layers", "value", "expected", "message")
 
@@ -66,6 +67,7 @@ def row_of(record: StepRecord, rules: tuple[str, ...]) -> tuple[Any, ...]:
         _coefs(record.tensor_coefs_P),
         None if record.present_P.all() else np.packbits(~record.present_P).tobytes(),
         _floats("<f4", list(record.measures.values())) if record.measures else None,
+        _number(record.noise_scale),
     )
 
 

@@ -22,7 +22,15 @@ from gradwatch.records import Bools, Indices, Layout
 from gradwatch.rules.arrays import NUMBERS, NUMPY, Arrays, Vector
 from gradwatch.rules.clipping import LOSS, UPDATE, WEIGHT, Decision, Limit, Rule, UnitSlice
 from gradwatch.rules.limits import limit_at
-from gradwatch.rules.statistics import Bounds, State, begun, bounds, goal, learned
+from gradwatch.rules.statistics import (
+    Bounds,
+    State,
+    begun,
+    begun_again,
+    bounds,
+    goal,
+    learned,
+)
 
 __all__ = ["Chain", "measures_of"]
 
@@ -103,7 +111,10 @@ class Chain:
         learning.found = found
         if learning.statistic.to == "limit" or learning.statistic.quantile is not None:
             return Limit(found.limit_U if learning.xp is NUMBERS else xp.doubles(found.limit_U))
-        here = Bounds(*(xp.doubles(v) for v in (found.limit_U, found.mu_U, found.sigma_U)))
+        limit_U, mu_U, sigma_U = (xp.doubles(v) for v in (found.limit_U, found.mu_U, found.sigma_U))
+        known_U = found.known_U
+        known_U = np.bool_(known_U) if isinstance(known_U, bool) else known_U
+        here = Bounds(limit_U, mu_U, sigma_U, known_U)
 
         def to(norms_U: Vector) -> Vector:
             return goal(learning.statistic, here, xp.to_doubles(norms_U), xp)
@@ -129,6 +140,23 @@ class Chain:
                     signed=learning.signed,
                 )  # fmt: skip
             learning.found = None
+
+    def begin_again(self, growth: float) -> None:
+        """Something changes by intention that may move the norms, such as the micro-batches of a
+        step: histories begin anew, and the limits from before hold until they are long enough.
+
+        Args:
+            growth: by how much the level may grow.
+        """
+        for learning in self._statistics.values():
+            with learning.quiet():
+                found = bounds(
+                    learning.statistic, learning.state, learning.xp, signed=learning.signed
+                )
+                growing = 1.0 if learning.signed else growth
+                learning.state = begun_again(
+                    learning.statistic, learning.state, found, growing, learning.xp
+                )
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """By rule: the names of its units, and its history as NumPy arrays."""

@@ -18,8 +18,9 @@ from gradwatch.rules.clipping import Decision, Limit, Norms, Rule
 
 __all__ = ["Reading", "compared", "least", "overflowed", "pack", "unapplied", "unpack"]
 
-PLAIN = 4
-"""Numbers that come first: both total norms, the loss scale, whether a scaler drops the step."""
+PLAIN = 5
+"""Numbers that come first: both total norms, the loss scale, whether a scaler drops the step, and
+the norm of the first micro-batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,9 @@ class Reading:
 
     overflow: bool = False
     """Whether a loss scaler drops the step."""
+
+    first_norm: float = math.nan
+    """Of the first micro-batch, still multiplied by the loss scale; NaN where not measured."""
 
 
 def overflowed(limits: Sequence[float | Limit]) -> Reading:
@@ -103,11 +107,13 @@ def pack(
     found_inf: Any,
     xp: Arrays,
     measures: Sequence[Vector] = (),
+    first_norm: Any = None,
 ) -> Vector:
     """All of a reading as one vector, without reading the device; None for what there is not."""
     plain = [decision.total_norm, decision.total_norm_clipped]
     plain += [xp.full_like(plain[0], math.nan) if scale is None else scale]
     plain += [xp.full_like(plain[0], 0.0) if found_inf is None else found_inf]
+    plain += [xp.full_like(plain[0], math.nan) if first_norm is None else first_norm]
     numbers = [
         least(limit) if isinstance(limit, Limit) else xp.full_like(plain[0], limit)
         for limit in limits
@@ -117,7 +123,7 @@ def pack(
 
 def unpack(vector: Any, num_rules: int, num_measures: int = 0) -> Reading:
     """The reading that was packed into a vector, which is on the host now."""
-    total_norm, total_norm_clipped, scale, found_inf = (float(x) for x in vector[:PLAIN])
+    total_norm, total_norm_clipped, scale, found_inf, first = (float(x) for x in vector[:PLAIN])
     behind = PLAIN + 2 * num_rules
     norms_Q, kept_Q, *measures = np.split(
         np.asarray(vector[behind:], dtype=np.float32), 2 + num_measures
@@ -132,4 +138,5 @@ def unpack(vector: Any, num_rules: int, num_measures: int = 0) -> Reading:
         measures=tuple(measures),
         loss_scale=scale,
         overflow=found_inf != 0,
+        first_norm=first,
     )

@@ -27,7 +27,7 @@ import numpy as np
 from gradwatch.policy import StatisticLimit
 from gradwatch.rules.arrays import Arrays, Vector
 
-__all__ = ["Bounds", "State", "begun", "bounds", "goal", "learned"]
+__all__ = ["Bounds", "State", "begun", "begun_again", "bounds", "goal", "learned"]
 
 DECAY = 0.99
 RESTART = 50
@@ -53,12 +53,18 @@ class State:
     ring_UW: Vector
     """The last W accepted values, each unit's newest at (count - 1) % W; W may be 0."""
 
+    until_U: Vector
+    """The limit while warming up; inf where there is none."""
+
     def arrays(self) -> dict[str, Vector]:
-        return {"count": self.count_U, "mu": self.mu_U, "v": self.v_U, "ring": self.ring_UW}
+        return {
+            "count": self.count_U, "mu": self.mu_U, "v": self.v_U, "ring": self.ring_UW,
+            "until": self.until_U,
+        }  # fmt: skip
 
     @classmethod
     def of(cls, arrays: Mapping[str, Vector]) -> State:
-        return cls(*(arrays[name] for name in ("count", "mu", "v", "ring")))
+        return cls(*(arrays[name] for name in ("count", "mu", "v", "ring", "until")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +76,29 @@ class Bounds:
 
     mu_U: Vector
     sigma_U: Vector
+    known_U: Vector
+    """Whether the history is long enough, so that the limit comes from it."""
 
 
 def begun(statistic: StatisticLimit, num_units: int, xp: Arrays) -> State:
     """A history of nothing."""
     zeros_U = xp.doubles(np.zeros(num_units))
     width = _ring_width(statistic)
-    return State(zeros_U, zeros_U, zeros_U, xp.ring(np.zeros((num_units, width))))
+    until = math.inf if statistic.until is None else statistic.until
+    ring_UW = xp.ring(np.zeros((num_units, width)))
+    return State(zeros_U, zeros_U, zeros_U, ring_UW, until + zeros_U)
+
+
+def begun_again(
+    statistic: StatisticLimit, state: State, found: Bounds, growth: float, xp: Arrays
+) -> State:
+    """A history of nothing, after a change by intention that may move the level of the norm.
+
+    Until it is known again the limit is the one from before, times what the level may grow by.
+    """
+    fresh = begun(statistic, len(found.limit_U) if hasattr(found.limit_U, "__len__") else 1, xp)
+    before_U = found.limit_U * max(1.0, growth)
+    return replace(fresh, until_U=xp.lib.where(found.known_U, before_U, state.until_U))
 
 
 def bounds(statistic: StatisticLimit, state: State, xp: Arrays, *, signed: bool = False) -> Bounds:
@@ -104,12 +126,11 @@ def bounds(statistic: StatisticLimit, state: State, xp: Arrays, *, signed: bool 
     low = -math.inf if statistic.min is None else statistic.min
     high = math.inf if statistic.max is None else statistic.max
     limit_U = lib.clip(limit_U, low, high)
-    until = math.inf if statistic.until is None else statistic.until
     # A window of nothing, or a history of zeros, is no limit.
     known_U = state.count_U >= max(statistic.warmup, 1)
     if not signed:
         known_U = known_U & (limit_U > 0)
-    return Bounds(lib.where(known_U, limit_U, until + 0 * state.count_U), mu_U, sigma_U)
+    return Bounds(lib.where(known_U, limit_U, state.until_U), mu_U, sigma_U, known_U)
 
 
 def goal(statistic: StatisticLimit, found: Bounds, norms_U: Vector, xp: Arrays) -> Vector:
@@ -118,13 +139,16 @@ def goal(statistic: StatisticLimit, found: Bounds, norms_U: Vector, xp: Arrays) 
     centre_U = lib.exp(found.mu_U) if _in_logs(statistic) else found.mu_U
     if statistic.to == "limit" or statistic.quantile is not None:
         return found.limit_U
+    # Before the mean is known there is only the limit to go to.
+    centre_U = lib.where(found.known_U, centre_U, found.limit_U)
     if statistic.to == "mean" or statistic.z is None:
         return _at_most(centre_U, found.limit_U, lib)
     # ZClip: the further out, the nearer to the mean.
     x_U = lib.log(norms_U) if _in_logs(statistic) else norms_U
     score_U = lib.divide(x_U - found.mu_U, found.sigma_U)
     x_U = found.mu_U + lib.divide(statistic.z**2 * found.sigma_U, score_U)
-    return _at_most(lib.exp(x_U) if _in_logs(statistic) else x_U, found.limit_U, lib)
+    nearer_U = _at_most(lib.exp(x_U) if _in_logs(statistic) else x_U, found.limit_U, lib)
+    return lib.where(found.known_U, nearer_U, found.limit_U)
 
 
 def learned(
@@ -167,6 +191,7 @@ def learned(
         xp.ring_pushed(
             state.ring_UW, state.count_U, x_U, accept_U, grows=statistic.window == "all"
         ),
+        state.until_U,
     )
     return _restarted(statistic, state, after, xp)
 

@@ -1,4 +1,7 @@
-"""An unchanged loop that calls `step()` for each micro-batch: which of those calls is a step?
+"""Micro-batches on their way to a step.
+
+An unchanged loop calls `step()` for each of them: which of those calls is a step? A loop that marks
+them says so itself, and only sums in half precision are kept for it.
 
 gradients of a micro-batch -> Stash -> ... -> their sum is due
 """
@@ -7,24 +10,66 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from gradwatch.accumulation import Window
+from gradwatch.accumulation import MicroBatch, Window
 from gradwatch.errors import PolicyError
 from gradwatch.saying import say
 from gradwatch.torch.gradients import drop
-from gradwatch.torch.stash import Stash
+from gradwatch.torch.noise import FirstMicroBatch
+from gradwatch.torch.stash import HALF, Stash
 
-__all__ = ["UnchangedLoop"]
+__all__ = ["MarkedLoop", "UnchangedLoop"]
+
+
+class MarkedLoop:
+    """The micro-batches of `watch.micro_batches`."""
+
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], window: Window, first: FirstMicroBatch
+    ) -> None:
+        self._window = window
+        self._first = first
+        self._parameters = list(parameters)
+        self._sums = Stash(parameters, only_half=True)
+
+    @property
+    def holds_sums(self) -> bool:
+        return bool(self._sums)
+
+    def extend(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """More parameters behind the ones of before."""
+        self._parameters = list(parameters)
+        self._sums.extend(parameters)
+
+    @torch.no_grad()
+    def ended(self, micro: MicroBatch[Any]) -> None:
+        """Behind the backward pass of a micro-batch."""
+        if micro.failed:
+            drop([p for p in self._parameters if p.grad is not None and p.grad.dtype in HALF])
+            return
+        if self._window.count == 1 and not micro.last and micro.divisor is not None:
+            self._first.measure(micro.divisor)
+        if not micro.last or self._sums:
+            self._sums.take(None)
+        if micro.last:
+            self._sums.give_back(None)
+
+    def clear(self) -> None:
+        self._sums.clear()
 
 
 class UnchangedLoop:
     """`drive: hook` of a loop that does not call `watch.micro_batches`."""
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], window: Window) -> None:
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], window: Window, first: FirstMicroBatch
+    ) -> None:
         self._parameters = list(parameters)
         self._window = window
+        self._first = first
         self._stash = Stash(parameters)
         self._ending = False
         self._has_stepped = False
@@ -52,6 +97,11 @@ class UnchangedLoop:
                 "accumulate.weigh: weight needs the weight of each loss, which an unchanged loop "
                 "does not give. Use watch.micro_batches"
             )
+        if self._window.target is not None:
+            raise PolicyError(
+                "accumulate.steps: {target: ...} counts samples, which an unchanged loop does not "
+                "show. Use watch.micro_batches"
+            )
         if passes > 1:
             self._accumulates_by_itself(passes)
         if found_inf is not None and bool(found_inf != 0):
@@ -61,6 +111,8 @@ class UnchangedLoop:
         if any(parameter.grad is not None for parameter in self._parameters):
             self._window.add()
         if not (self._ending or self._window.is_full):
+            if self._window.count == 1:
+                self._first.measure(1.0 if loss_scale is None else 1.0 / loss_scale)
             self._stash.take(loss_scale)
             return False
         if self._stash:

@@ -152,13 +152,18 @@ class BackwardCounter:
     """
 
     def __init__(
-        self, parameters: Iterable[torch.nn.Parameter], update: Callable[[], int] = int
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        update: Callable[[], int] = int,
+        after_first: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
             update: a number that changes with each update of the loss scaler.
+            after_first: called when the first pass since the last step has ended.
         """
         self._update = update
+        self._after_first = after_first
         self._parameters = list(parameters)
         self._counts: dict[int, dict[int, int]] = {}
         self._handles: list[_Removable] = []
@@ -185,6 +190,9 @@ class BackwardCounter:
             )
 
     def _bump(self, index: int, _: torch.Tensor) -> None:
+        if self._after_first is not None and not self._counts:
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._after_first)
         of_one = self._counts.setdefault(self._update(), {})
         of_one[index] = of_one.get(index, 0) + 1
 

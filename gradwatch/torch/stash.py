@@ -1,7 +1,7 @@
 """Gradients of micro-batches kept aside, so that an unchanged loop accumulates.
 
 Each `step()` of the loop but the last of a window finds no gradients and does nothing; at the last
-one their sum is put back.
+one their sum is put back. Gradients in half precision are added up in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -13,11 +13,21 @@ import torch
 __all__ = ["Stash"]
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
 class Stash:
     """One sum for each parameter that had a gradient; one more copy of the gradients in memory."""
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], *, only_half: bool = False
+    ) -> None:
+        """
+        Args:
+            only_half: leave alone what is not in half precision.
+        """
         self._parameters = list(parameters)
+        self._only_half = only_half
         self._sums: dict[int, torch.Tensor] = {}
 
     def __bool__(self) -> bool:
@@ -37,9 +47,10 @@ class Stash:
         new, sums, addends = {}, [], []
         for i, parameter in enumerate(self._parameters):
             grad = parameter.grad
-            if grad is None:
+            if grad is None or (self._only_half and grad.dtype not in HALF):
                 continue
             parameter.grad = None
+            grad = grad.float() if grad.dtype in HALF else grad
             if i not in self._sums:
                 new[i] = _own(grad)
             elif grad.layout != torch.strided or self._sums[i].layout != torch.strided:
@@ -58,7 +69,7 @@ class Stash:
             strided = [s for s in sums.values() if s.layout == torch.strided]
             torch._foreach_mul_(strided, loss_scale)
         for i, total in sums.items():
-            self._parameters[i].grad = total
+            self._parameters[i].grad = total.to(self._parameters[i].dtype)
 
     def clear(self) -> None:
         self._sums = {}

@@ -10,19 +10,20 @@ from typing import Any, SupportsFloat
 
 import torch
 
-from gradwatch.accumulation import Closed
+from gradwatch.accumulation import Closed, MicroBatch
 from gradwatch.backend import StepContext
 from gradwatch.errors import AttachError, PolicyError, TrainingStopped
-from gradwatch.policy import Policy, check_against
+from gradwatch.policy import Policy, SampleTarget, check_against
 from gradwatch.policy.locating import policy_error
 from gradwatch.records import Layout, RunInfo
 from gradwatch.rules.chain import measures_of
 from gradwatch.saying import say
-from gradwatch.torch.accumulate import UnchangedLoop
+from gradwatch.torch.accumulate import MarkedLoop, UnchangedLoop
 from gradwatch.torch.backend import TorchBackend
 from gradwatch.torch.gradients import drop
 from gradwatch.torch.hooks import BackwardCounter, StepHooks, innermost, refuse_watched
 from gradwatch.torch.layers import watched_parameters
+from gradwatch.torch.noise import FirstMicroBatch
 from gradwatch.torch.plan import plan_for
 from gradwatch.torch.scaling import ScalerFollower
 from gradwatch.torch.updates import has_second_moments
@@ -87,7 +88,10 @@ class TorchWatch(Watch):
         if self.plan.reason:
             say(logging.WARNING, "gradwatch %s", self.plan)
         update = int if self._scaler is None else self._scaler.update
-        self._counter = BackwardCounter(tensors, update)
+        self._first = FirstMicroBatch(self._backend.parameters)
+        self._marked_loop = MarkedLoop(self._backend.parameters, self.window, self._first)
+        divides = self._accumulate is not None and self._accumulate.drive == "loop"
+        self._counter = BackwardCounter(tensors, update, self._first_of_loop if divides else None)
         self._passes, self._overflows, self._loss_scale = 1, 0, math.nan
         self._hooks: StepHooks | None = None
         if self._optimizer is not None:
@@ -95,7 +99,7 @@ class TorchWatch(Watch):
 
         self._unchanged: UnchangedLoop | None = None
         if for_the_loop and self._optimizer is not None:
-            self._unchanged = UnchangedLoop(tensors, self.window)
+            self._unchanged = UnchangedLoop(tensors, self.window, self._first)
 
     @torch.no_grad()
     def process(self) -> None:
@@ -126,8 +130,10 @@ class TorchWatch(Watch):
         self._backend = TorchBackend(tensors, self._optimizer, self.plan)
         self._counter.extend(tensors)
         self._engine.extend(self._backend, layout)
-        if self._unchanged is not None:
-            self._unchanged.extend(tensors)
+        loops = (self._first, self._marked_loop, self._unchanged)
+        for loop in loops:
+            if loop is not None:
+                loop.extend(tensors)
         say(
             logging.WARNING,
             "%d parameters were added to the optimizer, %s first: the policy holds for them too, "
@@ -200,10 +206,40 @@ class TorchWatch(Watch):
             return math.nan, 0
         return scale, 0 if told else dropped
 
+    def _micro_ended(self, micro: MicroBatch[Any]) -> None:
+        try:
+            self._marked_loop.ended(micro)
+        except Exception as error:
+            self._broke("add up half-precision gradients", error, "micro-batches were lost")
+
+    def _first_of_loop(self) -> None:
+        """The first pass of a loop that divides has ended."""
+        try:
+            self.window.step = self._engine.num_steps
+            if self.window.num_steps > 1:
+                self._first.measure(float(self.window.num_steps))
+        except Exception:
+            self.pipeline.report("measure")
+
+    def _first_norm(self, closed: Closed) -> torch.Tensor | None:
+        """Of the first micro-batch, as the step's gradients are scaled."""
+        norm = self._first.take()
+        if norm is None:
+            return None
+        if self._unchanged is not None and not self._marked:
+            switches = self._backend.switches
+            scale = None if switches is None else switches.loss_scale
+            norm = norm if scale is None else norm * scale
+        is_sum = self._accumulate is not None and self._accumulate.weigh == "sum"
+        return norm * closed.weight if is_sum else norm
+
     def _context(self) -> StepContext:
         closed = self._closed_window()
         self.window.step = self._engine.num_steps + self._overflows + 1
         return StepContext(
+            planned=closed.planned,
+            first_norm=self._first_norm(closed),
+            first_weight=self.window.first_weight,
             micro_batches=closed.micro_batches,
             weight=closed.weight,
             factor=closed.factor if self._engine.enforcing else 1.0,
@@ -231,8 +267,11 @@ class TorchWatch(Watch):
 
     def _discard(self) -> None:
         drop(self._backend.parameters)
+        self._marked_loop.clear()
 
     def _has_gradients(self) -> bool:
+        if self._marked_loop.holds_sums:
+            return True
         grads = (parameter.grad for parameter in self._backend.parameters)
         return any(grad is not None and bool(grad.any()) for grad in grads)
 
@@ -303,6 +342,11 @@ def _accumulates_for_the_loop(policy: Policy) -> bool:
     accumulate = policy.accumulate
     if accumulate is None:
         return False
+    if accumulate.drive == "loop" and isinstance(accumulate.steps, SampleTarget):
+        raise PolicyError(
+            f"{policy.source}: accumulate.steps: {{target: ...}} counts samples, which drive: loop "
+            "does not see. Use watch.micro_batches with drive: hook"
+        )
     if accumulate.drive == "loop" and accumulate.weigh == "weight":
         raise PolicyError(
             f"{policy.source}: accumulate.weigh: weight needs the weight of each loss, which "

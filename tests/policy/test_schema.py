@@ -58,7 +58,7 @@ WRONG = [
     "{version: 1, mode: observe}",
     "{version: 1, layers: block}",
     "{version: 1, layers: {depth: 0}}",
-    "{version: 1, accumulate: {steps: {target: 8}}}",
+    "{version: 1, accumulate: {steps: {target: 0}}}",
     "{version: 1, accumulate: {steps: 8, sync: every}}",
     "{version: 1, accumulate: {steps: 0}}",
     "{version: 1, guard: {patience: 0}}",

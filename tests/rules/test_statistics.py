@@ -52,7 +52,7 @@ class Stream:
         """Warm, with these moments."""
         doubles = self.xp.doubles
         moments = (doubles(np.array([value])) for value in (1e6, mu, v))
-        self.state = State(*moments, self.state.ring_UW)
+        self.state = State(*moments, self.state.ring_UW, self.state.until_U)
         return self
 
     @property
