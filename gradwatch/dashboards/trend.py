@@ -83,6 +83,16 @@ def _training() -> Line:
             unit="none",
             log=True,
         ),
+        timeseries(
+            "Noise scale",
+            "Batch size at which noise and signal of the gradient are equal, in micro-batches (or "
+            "the unit of the weights given with the loss), beside the micro-batches of a step. Far "
+            "above it, more accumulation costs time and buys little; far below, it is cheap.",
+            target("max by (run) (gradwatch_noise_scale)", "{{run}} noise scale"),
+            target("max by (run) (gradwatch_accumulation_steps)", "{{run}} micro-batches"),
+            unit="none",
+            log=True,
+        ),
     )
 
 
