@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn, cast
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from gradwatch.dashboards import RUNBOOK_URL, build_rules, write_dashboards
 from gradwatch.demo.command import demo
@@ -23,9 +21,9 @@ from gradwatch.errors import GradwatchError
 from gradwatch.policy import load_policy
 from gradwatch.policy.schema import schema_text
 from gradwatch.policy.sentences import sentences
+from gradwatch.progress import shown_recording
 from gradwatch.recording.export import export_recording
-from gradwatch.recording.reader import Recording, open_recording
-from gradwatch.records import StepRecord
+from gradwatch.whatif.command import advise_command, replay_command
 
 __all__ = ["app", "commands"]
 
@@ -40,6 +38,8 @@ commands = typer.Typer(
 dashboards = typer.Typer(help="Grafana dashboards.")
 rules = typer.Typer(help="Prometheus recording and alert rules.")
 commands.command()(demo)
+commands.command("replay")(replay_command)
+commands.command("advise")(advise_command)
 commands.add_typer(dashboards, name="dashboards")
 commands.add_typer(rules, name="rules")
 
@@ -133,29 +133,8 @@ def export(
 
     The norm of a layer is the column grad_norm/LAYER, what was logged is scalar/NAME.
     """
-    path = open_recording(recording).path
-    progress = Progress(
-        console=Console(stderr=True),
-        redirect_stdout=False,
-        redirect_stderr=False,
-        disable=not sys.stderr.isatty(),
-    )
-    with progress, _Shown(path, progress) as shown:
+    with shown_recording(recording) as shown:
         export_recording(shown, output or sys.stdout, format.value, layers=not no_layers)
-
-
-class _Shown(Recording):
-    """A recording whose every pass has a progress bar."""
-
-    def __init__(self, path: Path, progress: Progress) -> None:
-        super().__init__(path)
-        self._progress = progress
-
-    def records(self, start: int | None = None, stop: int | None = None) -> Iterator[StepRecord]:
-        bar = self._progress.add_task(f"reading {self.path.name}", total=len(self))
-        for record in super().records(start, stop):
-            yield record
-            self._progress.advance(bar)
 
 
 @commands.command()

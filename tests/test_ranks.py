@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "gradwatch"
 
 RANKS = {
     "errors": 0,
+    "chart": 0,
     "saying": 0,
     "records": 1,
     "policy": 2,
@@ -22,12 +23,14 @@ RANKS = {
     "recorder": 5,
     "consumer": 5,
     "pipeline": 5,
+    "progress": 5,
     "due_step": 5,
     "engine": 5,
     "backend": 5,
     "accumulation": 5,
     "watch": 5,
     "torch": 6,
+    "whatif": 6,
     "export": 6,
     "attaching": 7,
     "dashboards": 7,

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gradwatch.demo.chart import columns, log_chart, span
+from gradwatch.chart import columns, log_chart, span
 from gradwatch.demo.monitor import LayerNow, Monitor
 
 __all__ = ["LiveView"]

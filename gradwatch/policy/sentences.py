@@ -10,7 +10,7 @@ from gradwatch.policy.forms import Schedule
 from gradwatch.policy.models import Depth, Guard, Policy
 from gradwatch.policy.statistic import StatisticLimit
 
-__all__ = ["sentences"]
+__all__ = ["rule_sentence", "sentences"]
 
 MODES = {
     "enforce": "Its decisions are applied.",
@@ -69,7 +69,7 @@ def sentences(policy: Policy) -> list[str]:
         _layers(policy),
         *([] if policy.accumulate is None else _accumulate(policy.accumulate)),
         *_guard(policy.guard),
-        *(f"clip {rule.name}: {_rule(rule)}" for rule in policy.clip),
+        *(f"clip {rule.name}: {rule_sentence(rule)}" for rule in policy.clip),
         _detectors(policy),
         *_cost(policy),
     ]
@@ -111,7 +111,8 @@ def _guard(guard: Guard) -> Iterator[str]:
     yield f"guard: 3 failures of gradwatch itself in a row {after}."
 
 
-def _rule(rule: ClipRule) -> str:
+def rule_sentence(rule: ClipRule) -> str:
+    """On what, above what, and what happens then."""
     return (
         f"on {_selection(rule)}, {UNITS[rule.per]}, where {_measure(rule)} exceeds "
         f"{_limit(rule)}, {ACTIONS[rule.then]}."

@@ -302,8 +302,10 @@ def measures_of(policy: Policy) -> tuple[str, ...]:
             found.append(f"unit:{rule.name}")
         elif rule.per == "element":
             found.append("linf")
-        elif rule.measure in (WEIGHT, UPDATE) or _norm_type(rule) != 2.0:
+        elif rule.measure in (WEIGHT, UPDATE):
             found.append(rule.measure)
+        elif _norm_type(rule) != 2.0:
+            found.append(f"l{_norm_type(rule):g}")
     return tuple(dict.fromkeys(found))
 
 

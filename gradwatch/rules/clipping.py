@@ -140,6 +140,9 @@ class Decision:
     units: tuple[Vector, ...]
     """[K] the raw measure of each unit of that rule."""
 
+    compared: tuple[Vector, ...]
+    """[K] what was compared with its limit: for a `scale` rule what those above had left."""
+
 
 @np.errstate(all="ignore")  # a norm may be 0, inf or NaN, and what follows is provided for
 def decide(
@@ -173,7 +176,7 @@ def decide(
         units_of = {rule.key: rule.unit_of for rule in rules if rule.slices is not None}
         norms = {key: _finite_only(key, values, finite_P, units_of, xp)
                  for key, values in norms.items()}  # fmt: skip
-    now, over, units = norms, [], []
+    now, over, units, compared = norms, [], [], []
     changed = zero_nonfinite
     for rule, given in zip(rules, limits, strict=True):
         limit, to = (given.value_U, given.goal) if isinstance(given, Limit) else (given, None)
@@ -181,6 +184,7 @@ def decide(
         units_U = units[-1]
         if rule.then == "scale" and changed:
             units_U = _measured(rule, norms, _left_of(rule, now[rule.key], coefs_P, xp), xp)
+        compared.append(units_U)
         if rule.then == "scale" and not rule.per_element:
             over.append((xp.isfinite(units_U) & (units_U > limit)).any())
         else:  # elements are clipped also beside one that is not finite
@@ -208,7 +212,15 @@ def decide(
             coefs_P = _scaled(rule, coefs_P, kept_U, xp)
     clipped_P = _left(now[2.0], coefs_P, xp)
     kept_P = coefs_P if now is norms else _ratio(clipped_P, raw_P, coefs_P, xp)
-    return Decision(xp.norm(raw_P), xp.norm(clipped_P), coefs_P, kept_P, tuple(over), tuple(units))
+    return Decision(
+        total_norm=xp.norm(raw_P),
+        total_norm_clipped=xp.norm(clipped_P),
+        coefs_P=coefs_P,
+        kept_P=kept_P,
+        over=tuple(over),
+        units=tuple(units),
+        compared=tuple(compared),
+    )
 
 
 def clip_coefs(

@@ -89,11 +89,10 @@ def compared(
     found = []
     for name in names:
         if name in by_rule:
-            k = by_rule[name]
-            largest = xp.segment_norm(
-                decision.units[k], rules[k].unit_of, len(norms[2.0]), math.inf
-            )
-            found.append(largest)
+            rule, units_U = rules[by_rule[name]], decision.units[by_rule[name]]
+            if rule.then == "scale":  # which is not about units that are not finite
+                units_U = xp.where(xp.isfinite(units_U), units_U, 0.0)
+            found.append(xp.segment_norm(units_U, rule.unit_of, len(norms[2.0]), math.inf))
         else:
             found.append(norms[name if name in norms else float(name.removeprefix("l"))])
     return found

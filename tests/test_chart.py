@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwatch.demo.chart import columns, log_chart, span
+from gradwatch.chart import columns, log_chart, span
 
 norms = st.floats(min_value=1e-30, max_value=1e30)
 anything = st.one_of(norms, st.just(0.0), st.just(math.nan), st.just(math.inf))
