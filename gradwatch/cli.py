@@ -106,6 +106,21 @@ def check(
         print(f"  {sentence}")
 
 
+@commands.command()
+def explain(
+    policy: Annotated[Path, typer.Argument(help="A policy file.", show_default=False)],
+) -> None:
+    """Prints a policy with its presets written out, as a policy file that means the same.
+
+    What it does stands above it in words.
+    """
+    loaded = load_policy(policy)
+    print(f"# {policy}, explained: version {loaded.version}, sha256 {loaded.sha256}")
+    for sentence in sentences(loaded):
+        print(f"#   {sentence}")
+    print(loaded.canonical_yaml(), end="")
+
+
 class Format(StrEnum):
     """What a recording is exported to."""
 

@@ -121,10 +121,12 @@ class ClipRule(Section):
         Discriminator(
             _limit_form,
             custom_error_type="policy",
-            custom_error_message="must be a number, or a schedule such as {0: 10, 2000: 1}",
+            custom_error_message="must be a number, a schedule such as {0: 10, 2000: 1}, or a "
+            "statistic such as {z: 4}",
         ),
     ]
-    """The bound: a number, or a schedule by optimizer step, linear between its points."""
+    """The bound: a number, a schedule by optimizer step, linear between its points, or a statistic
+    of the norm's own history."""
 
     then: Literal["scale", "skip", "zero", "stop", "warn"] = "scale"
     """What happens above the limit: scale down to it, skip the step, stop the run, or warn."""

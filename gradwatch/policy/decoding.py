@@ -13,10 +13,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gradwatch.policy.locating import ABSENT, Mistake, Origin, Path, at, one_of, policy_error, shown
+from gradwatch.policy.clip import ClipRule
+from gradwatch.policy.locating import ABSENT, Mistake, Origin, Path, at, policy_error, shown
 from gradwatch.policy.models import Policy
 from gradwatch.policy.plain import Document
-from gradwatch.policy.supported import REFUSED, refused, working_words
+from gradwatch.policy.presets import expanded
+from gradwatch.policy.supported import REFUSED, refused
 from gradwatch.policy.values import Section
 
 __all__ = ["decode"]
@@ -45,12 +47,15 @@ def decode(document: Document, source: str) -> Policy:
     Raises:
         PolicyError: with one line for each mistake, in the order of the text.
     """
-    origin = Origin(source, document.positions)
-    data = document.data
-    told = list(_beyond_types(data))
+    plain = expanded(document.data)
+    origin = Origin(source, document.positions, written=plain.written)
+    data = plain.data
+    told = [*((path, said, []) for path, said in plain.mistakes), *_beyond_types(data)]
     mistakes = [*document.mistakes, *(origin.mistake(path, said) for path, said, _ in told)]
+    left_out = (moved for path in document.left_out for moved in _moved(path, plain.written))
+    unknown = (path[:-1] for path, _ in plain.mistakes if path[-1] == "use")
     done = _Done(
-        whole=[*document.left_out, *(path for path, _, _ in told)],
+        whole=[*left_out, *unknown, *(path for path, _, _ in told)],
         alone=[path for _, _, beside in told for path in beside],
     )
     try:
@@ -60,6 +65,16 @@ def decode(document: Document, source: str) -> Policy:
     if mistakes:
         raise policy_error(source, mistakes)
     return policy.located(origin)
+
+
+def _moved(path: Path, written: tuple[int, ...]) -> Iterator[Path]:
+    """Where an entry of the text is once presets are written out."""
+    if not written or path[:1] != ("clip",) or len(path) < 2:
+        yield path
+        return
+    for index, item in enumerate(written):
+        if item == path[1]:
+            yield ("clip", index, *path[2:])
 
 
 class _Done:
@@ -79,8 +94,7 @@ def _beyond_types(data: Any) -> Iterator[tuple[Path, str, list[Path]]]:
     for path in _nulls(data, ()):
         yield path, " must not be null. Give it a value or leave the key out", []
     for path, refusal in refused(data):
-        beside = [(*path[:-1], key) for key in refusal.stands_for]
-        yield path, refusal.message(at(data, path)), beside
+        yield path, refusal.message(at(data, path)), []
     for path, first in _repeated_names(data):
         name = shown(at(data, path))
         yield path, f" must be unique. Received: {name}, as in clip[{first}]", [("clip",)]
@@ -139,8 +153,6 @@ def _path(location: tuple[int | str, ...], data: Any) -> Path:
 
 def _sentence(details: Any, path: Path) -> str:
     kind = details["type"]
-    if words := working_words(path):
-        return f"must be {one_of(words)}"
     if kind in SENTENCES:
         return SENTENCES[kind](details.get("ctx", {}))
     said: str = details["msg"]
@@ -165,8 +177,10 @@ def _keys_at(path: Path) -> set[str]:
                 model for field in fields if field for model in _sections_in(field.annotation)
             }
     prefix = ".".join("[]" if isinstance(part, int) else part for part in (*path, ""))
-    never = {entry.at for entry in REFUSED if entry.always}
+    never = {entry.at for entry in REFUSED}
     keys = {key for model in sections for key in model.model_fields}
+    if ClipRule in sections:
+        keys.add("use")  # gone by the time that a rule is made
     return {key for key in keys if (prefix + key).replace(".[]", "[]") not in never}
 
 

@@ -63,10 +63,20 @@ class Origin:
     part: Path = field(default=(), compare=False)
     """The part of the policy that paths start from."""
 
+    written: tuple[int, ...] = field(default=(), compare=False)
+    """By clip rule the item of the text that it comes from; empty where they are the same."""
+
     def mistake(self, path: Path, message: str) -> Mistake:
         """A mistake in the entry, or in what should hold it where the entry is missing."""
-        full = (*self.part, *path)
+        full = self._as_written((*self.part, *path))
         return Mistake(f"{path_text(full)}{message}", self._position(full))
+
+    def _as_written(self, path: Path) -> Path:
+        if not self.written or path[:1] != ("clip",) or len(path) < 2:
+            return path
+        index = path[1]
+        assert isinstance(index, int)
+        return ("clip", self.written[index], *path[2:])
 
     def _position(self, path: Path) -> Position | None:
         while path and path not in self.positions:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradwatch.policy.models import Policy
+from gradwatch.policy.presets import PRESETS
 from gradwatch.policy.supported import REFUSED, Refusal
 from gradwatch.policy.values import OFF
 
@@ -19,6 +20,7 @@ __all__ = ["SCHEMA_FILE", "policy_schema", "schema_text"]
 Schema = dict[str, Any]
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 REF = "#/$defs/"
+USE = "A published rule by its name; keys beside it go before its own."
 SCHEMA_FILE = Path(__file__).with_name("policy.schema.json")
 """The checked-in schema, `schema_text()`."""
 
@@ -33,7 +35,10 @@ def policy_schema() -> Schema:
         _leave_out(refusal, schema)
     definitions = {name: _tidy(part) for name, part in schema.pop("$defs").items()}
     definitions["Detect"] = _with_off(definitions["Detect"])
+    definitions |= _presets(definitions)
     root = _tidy(schema)
+    forms = [{"$ref": f"{REF}{name}"} for name in ("ClipRule", "PresetRule")]
+    root["properties"]["clip"]["items"] = {"anyOf": forms}
     used = _reachable(root, definitions)
     title = {"$schema": DIALECT, "title": "gradwatch policy"}
     return {**title, **root, "$defs": {name: definitions[name] for name in sorted(used)}}
@@ -51,18 +56,7 @@ def _leave_out(refusal: Refusal, schema: Schema) -> None:
     for part in above:
         section = section["items"] if part == "[]" else section["properties"][part]
         section = _resolved(section, schema)
-    entry = section["properties"].get(key)
-    if entry is None:
-        return
-    if refusal.always:
-        del section["properties"][key]
-    elif refusal.model:
-        forms = entry.pop("oneOf")
-        entry["anyOf"] = [form for form in forms if form.get("$ref") != REF + refusal.model]
-    elif refusal.pattern:
-        entry["pattern"] = refusal.pattern
-    else:
-        entry["enum"] = list(refusal.working)
+    section["properties"].pop(key, None)
 
 
 def _resolved(node: Schema, schema: Schema) -> Schema:
@@ -109,6 +103,25 @@ def _with_off(detect: Schema) -> Schema:
         for kind, entry in detect["properties"].items()
     }
     return {**detect, "properties": entries}
+
+
+def _presets(definitions: Schema) -> Schema:
+    """A rule that begins with a preset: no other key is required, and a part of a limit will do."""
+    rule, statistic = definitions["ClipRule"], definitions["StatisticLimit"]
+    use = {"description": USE, "enum": list(PRESETS)}
+    limit = rule["properties"]["limit"]
+    part = {"$ref": f"{REF}PartOfStatisticLimit"}
+    forms = [part if "$ref" in form else form for form in limit["oneOf"]]
+    properties = {"use": use, **rule["properties"], "limit": {**limit, "oneOf": forms}}
+    return {
+        "PresetRule": {
+            **rule, "description": USE, "properties": properties, "required": ["use"],
+        },
+        "PartOfStatisticLimit": {
+            **{key: value for key, value in statistic.items() if key != "oneOf"},
+            "minProperties": 1,
+        },
+    }  # fmt: skip
 
 
 def _reachable(node: Any, definitions: Schema) -> set[str]:

@@ -23,6 +23,7 @@ UNITS = {
     "group": "each parameter group as one vector",
     "layer": "each layer as one vector",
     "tensor": "each tensor by itself",
+    "unit": "each output unit by itself",
     "element": "each element by itself",
 }
 
@@ -32,6 +33,13 @@ ACTIONS = {
     "skip": "the step is skipped",
     "stop": "the run is stopped before the update",
     "warn": "a warning is logged",
+}
+
+MEASURES = {
+    "rms": "the root mean square",
+    "weight": "the L2 norm over that of its weights (at least {floor:g})",
+    "update": "the root mean square of the update, before the learning rate,",
+    "loss": "the loss that was logged for the step",
 }
 
 NONFINITE = {
@@ -113,6 +121,8 @@ def _guard(guard: Guard) -> Iterator[str]:
 
 def rule_sentence(rule: ClipRule) -> str:
     """On what, above what, and what happens then."""
+    if rule.measure == "loss":
+        return f"where {_measure(rule)} exceeds {_limit(rule)}, {ACTIONS[rule.then]}."
     return (
         f"on {_selection(rule)}, {UNITS[rule.per]}, where {_measure(rule)} exceeds "
         f"{_limit(rule)}, {ACTIONS[rule.then]}."
@@ -122,7 +132,9 @@ def rule_sentence(rule: ClipRule) -> str:
 def _measure(rule: ClipRule) -> str:
     if rule.per == "element":
         return "its absolute value"
-    return "the root mean square" if rule.measure == "rms" else f"the {rule.measure.upper()} norm"
+    if rule.measure in MEASURES:
+        return MEASURES[rule.measure].format(floor=rule.floor)
+    return f"the {rule.measure.upper()} norm"
 
 
 def _selection(rule: ClipRule) -> str:

@@ -6,17 +6,13 @@ A line that is deleted here is a feature that begins to work, in files and in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gradwatch.policy.locating import Path, at, one_of, shown
+from gradwatch.policy.locating import Path, at, shown
 
-__all__ = ["REFUSED", "Refusal", "refused", "working_words"]
-
-
-def _given(_: object) -> bool:
-    return True
+__all__ = ["REFUSED", "Refusal", "refused"]
 
 
 @dataclass(frozen=True)
@@ -32,33 +28,9 @@ class Refusal:
     what: str = "{value} is"
     """Subject and verb of the message."""
 
-    when: Callable[[Any], bool] = _given
-    """Which values are refused; all of them where this is left out."""
-
-    working: tuple[str, ...] = ()
-    """The words that the entry may hold; empty where it does not hold a word."""
-
-    pattern: str = ""
-    """What the schema says of a word that is no member of a list."""
-
-    model: str = ""
-    """The form that is refused, as the schema calls it; empty where it is not a form."""
-
-    stands_for: tuple[str, ...] = ()
-    """Keys beside it that are not missing where it is given."""
-
-    @property
-    def always(self) -> bool:
-        """Whether the entry is refused whatever it holds."""
-        return self.when is _given
-
     def message(self, value: object) -> str:
         what = self.what.format(value=shown(value))
         return f": {what} not supported by this version yet. {self.instead}"
-
-
-def _words(at: str, refused: Callable[[Any], bool], working: tuple[str, ...]) -> Refusal:
-    return Refusal(at, f"Use {one_of(working)}", when=refused, working=working)
 
 
 def _detector(kind: str) -> Refusal:
@@ -67,7 +39,6 @@ def _detector(kind: str) -> Refusal:
 
 REFUSED = (
     Refusal("accumulate.sync", "Leave it out", what="the choice of when to reduce is"),
-    Refusal("clip[].use", "Write the keys out", what="presets are", stands_for=("limit",)),
     _detector("loss_spike"),
     _detector("diverging"),
     _detector("collapsed"),
@@ -90,15 +61,8 @@ def refused(data: Any) -> Iterator[tuple[Path, Refusal]]:
     for refusal in REFUSED:
         for path in _paths(data, refusal.at):
             value = at(data, path)
-            if value is not None and refusal.when(value):
+            if value is not None:
                 yield path, refusal
-
-
-def working_words(path: Path) -> tuple[str, ...]:
-    """The words that work at an entry of which some are refused; empty elsewhere."""
-    pattern = ".".join("[]" if isinstance(part, int) else part for part in path)
-    pattern = pattern.replace(".[]", "[]")
-    return next((entry.working for entry in REFUSED if entry.at == pattern), ())
 
 
 def _paths(data: Any, pattern: str) -> Iterator[Path]:

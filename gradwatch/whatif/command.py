@@ -34,8 +34,8 @@ def replay_command(
 ) -> None:
     """Says what a policy would have done in a recorded run.
 
-    For the policy that ran, what was recorded is what happened; it is computed again, and what
-    differs is listed.
+    For the policy that ran, what was recorded is what happened. It is computed
+    again, and what differs is listed.
     """
     loaded = load_policy(policy)
     with shown_recording(recording) as opened:
@@ -68,9 +68,14 @@ def advise_command(recording: RecordingArgument) -> None:
 def _print_point(point: Point, kind: str = "") -> None:
     width = _console().width
     print()
-    print(textwrap.fill(f"{kind}{point.what}", width))
+    print(textwrap.fill(f"{kind}{point.what}", width, break_on_hyphens=False))
     said = f"{point.why}." + (f" [{point.source}]" if point.source else "")
-    print(textwrap.fill(said, width, initial_indent="  ", subsequent_indent="  "))
+    indent = "  "
+    print(
+        textwrap.fill(
+            said, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
+    )
 
 
 def _console() -> Console:

@@ -15,6 +15,7 @@ import yaml
 
 from gradwatch.dashboards import build_dashboards, build_rules
 from gradwatch.demo.command import POLICY
+from gradwatch.policy import load_policy
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +30,7 @@ def one_line(text: str) -> str:
 def test_help_names_every_command(cli, arguments):
     done = cli(*arguments)
     assert done.returncode == 0
-    for command in ("demo", "check", "export", "schema", "dashboards", "rules"):
+    for command in ("demo", "check", "explain", "export", "schema", "dashboards", "rules"):
         assert command in done.stdout
 
 
@@ -67,6 +68,18 @@ def test_check_says_each_rule_in_a_sentence(cli):
         "clip global: on all parameters, as one vector, where the L2 norm exceeds 1, it is scaled "
         "down to that." in done.stdout
     )
+
+
+def test_explain_prints_a_policy_that_means_the_same(cli, tmp_path):
+    (tmp_path / "used.yaml").write_text("version: 1\nclip:\n  - use: skipstep\n  - use: agc\n")
+    explained = cli("explain", "used.yaml")
+    assert (explained.returncode, explained.stderr) == (0, "")
+    (tmp_path / "plain.yaml").write_text(explained.stdout)
+    again = cli("explain", "plain.yaml")
+    assert "use" not in yaml.safe_load(explained.stdout)["clip"][0]
+    assert yaml.safe_load(again.stdout) == yaml.safe_load(explained.stdout)
+    assert load_policy(tmp_path / "plain.yaml").sha256 == load_policy(tmp_path / "used.yaml").sha256
+    assert "#   clip agc: on all parameters with ndim >=2, each output unit" in explained.stdout
 
 
 def test_check_names_every_mistake_with_its_place_on_a_line_of_its_own(cli, tmp_path):

@@ -62,9 +62,10 @@ NUMBERS = {
     "limit: .inf": "must be finite. Received: inf",
     "limit: 1e999": "must be finite. Received: 1e999",
     "limit:": "must not be null. Give it a value or leave the key out",
-    "limit: [1]": "must be a number, or a schedule such as {0: 10, 2000: 1}. Received: [1]",
-    "limit: {from: 1}": "must be a number, or a schedule such as {0: 10, 2000: 1}. "
-    "Received: {from: 1}",
+    "limit: [1]": "must be a number, a schedule such as {0: 10, 2000: 1}, or a statistic "
+    "such as {z: 4}. Received: [1]",
+    "limit: {from: 1}": "must be a number, a schedule such as {0: 10, 2000: 1}, or a "
+    "statistic such as {z: 4}. Received: {from: 1}",
     "limit: {}": "must hold at least one step. Received: {}",
     "limit: {0: 1, '0': 2}": "must hold each step once. Received: {0: 1, '0': 2}",
 }

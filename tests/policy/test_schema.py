@@ -49,6 +49,8 @@ RIGHT = [
     "{version: 1, layers: {depth: 2}, clip: [{limit: {0: 10, 2000: 1}, params: [a, b]}]}",
     "{version: 1, detect: {spike: none, exploding: {z: 5}}}",
     "{version: 1, guard: {budget: 50/1000}, clip: [{limit: 1, ndim: 2, groups: 0}]}",
+    "{version: 1, clip: [{use: agc}, {use: zclip, limit: {max: 5}, params: a}]}",
+    "{version: 1, clip: [{use: skipstep, name: spike}, {use: adagc, limit: {0: 1, 10: 2}}]}",
 ]
 WRONG = [
     "{}",
@@ -72,7 +74,7 @@ WRONG = [
     "{version: 1, clip: [{limit: {}}]}",
     "{version: 1, clip: [{limit: {z: 4, ratio: 2}}]}",
     "{version: 1, clip: [{limit: {window: 128}}]}",
-    "{version: 1, clip: [{use: agc}]}",
+    "{version: 1, clip: [{use: agcc}]}",
     "{version: 1, clip: [{limit: {0: -1}}]}",
     "{version: 1, clip: [{limit: 1, limt: 1}]}",
     "{version: 1, clip: [{limit: 1, per: units}]}",
@@ -81,7 +83,7 @@ WRONG = [
     "{version: 1, clip: [{limit: 1, params: []}]}",
     "{version: 1, clip: [{limit: 1, params: ''}]}",
     "{version: 1, clip: [{limit: 1, ndim: small}]}",
-    "{version: 1, clip: [{use: agc}]}",
+    "{version: 1, clip: [{use: zclip, limit: {zz: 3}}]}",
     "{version: 1, detect: {spike: off}}",
     "{version: 1, detect: {loss_spike: none}}",
     "{version: 1, detect: {vanishing: {share: 2}}}",
