@@ -55,6 +55,10 @@ class Window:
         self._weight = 0.0
         self._samples = 0
 
+    def change(self, accumulate: Accumulate | None) -> None:
+        """Other numbers, from the next window on."""
+        self._accumulate = accumulate
+
     @property
     def weighs(self) -> bool:
         """Whether micro-batches have weights of their own."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from gradwatch.errors import AttachError
 from gradwatch.export.exporter import Exporter
-from gradwatch.policy import Policy, load_policy
+from gradwatch.policy import Policy, PolicyFile, load_policy
 from gradwatch.watch import Watch
 
 __all__ = ["attach", "clip_grads_"]
@@ -41,7 +41,8 @@ def attach(
     Args:
         model: a `torch.nn.Module`.
         optimizer: the optimizer that updates it; without one, call `watch.process()` yourself.
-        policy: a YAML file, a dict or a `Policy`; None only observes.
+        policy: a YAML file, a dict or a `Policy`; None only observes. A file that is written while
+            the run goes on is read again: its numbers may change, and hold from a step on.
         run: the label of this run in metrics and recordings; by default script and start time.
         host: where metrics are served; `0.0.0.0` for containers.
         port: of the metrics; the next free one is taken where it is in use. None serves nothing.
@@ -56,7 +57,8 @@ def attach(
         PolicyError: the policy is wrong or does not fit the model.
         AttachError: the model or the optimizer cannot be watched.
     """
-    loaded = load_policy(policy)
+    file = PolicyFile(policy) if isinstance(policy, (str, os.PathLike)) else None
+    loaded = load_policy(policy) if file is None else file.policy
     started = time.time()
     watch: Watch = _framework_watch(model)(
         model,
@@ -69,6 +71,8 @@ def attach(
         pid=os.getpid(),
         scaler=scaler,
     )
+    if file is not None:
+        watch.pipeline.follow(file)
     if port is not None:
         _serve(watch, host, port, discovery, linger)
     return watch

@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from gradwatch.policy import Policy
 from gradwatch.recording.ring import Ring
 from gradwatch.recording.store import Store
 from gradwatch.records import Anomaly, StepRecord
-from gradwatch.rules.detection import Detection
+from gradwatch.reloading import Change
+from gradwatch.rules.detection import Detection, detection_config
 from gradwatch.saying import say
 from gradwatch.tally import Tally
 
@@ -85,6 +87,12 @@ class Consumer:
         self.ended = False
         """Whether everything was handled and the recording closed."""
 
+        self.changes: deque[Change] = deque()
+        """What became of a policy file, to be told with the first record that it holds for."""
+
+        self.chores: list[Callable[[], None]] = []
+        """Run at each wake."""
+
         self._early: StepRecord | None = None
         """The open record, handled before its time."""
 
@@ -144,6 +152,8 @@ class Consumer:
     def _run(self) -> None:
         while True:
             stopping = self._stopping
+            for chore in self.chores:
+                self._guarded("readback", chore)
             with self._handling:
                 self._guarded("readback", self._round)
             with self._idle:
@@ -206,12 +216,30 @@ class Consumer:
         return record
 
     def _diagnosed(self, record: StepRecord) -> StepRecord:
+        anomalies: tuple[Anomaly, ...] = ()
+        while self.changes and self.changes[0].step <= record.step:
+            change = self.changes.popleft()
+            anomalies = (*anomalies, change.event(record.step))
+            if change.policy is not None:
+                self._guarded("detection", self._reconfigure, change.policy)
+                self._guarded("recording", self._note_policy, change.step, change.policy)
         try:
-            anomalies = self.detection.observe(record)
+            anomalies = (*anomalies, *self.detection.observe(record))
         except Exception:
             self._report("detection")
-            return record
         return replace(record, anomalies=anomalies) if anomalies else record
+
+    def _reconfigure(self, policy: Policy) -> None:
+        config = detection_config(policy.detect.parameters())
+        self.detection = self.detection.reconfigured(config)
+
+    def _note_policy(self, step: int, policy: Policy) -> None:
+        info = replace(
+            self._tally.info, policy=policy.canonical_yaml(), policy_sha256=policy.sha256
+        )
+        self._tally.set_info(info)
+        if self._store is not None:
+            self._store.note_policy(step, info.policy)
 
     def _stored(self, records: list[StepRecord]) -> None:
         if self._store is None:

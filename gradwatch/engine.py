@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gradwatch.backend import Backend, StepContext, act, measure_and_decide
@@ -88,6 +88,13 @@ class Engine:
         self._chain = self._new_chain(layout)
         self._chain.load_state_dict(histories)
 
+    def change(self, policy: Policy) -> None:
+        """Goes on under a policy of the same rules with other numbers, from the next step on."""
+        self.catch_up(wait=True)
+        self._policy, self._guard = policy, policy.guard
+        self._chain, anew = self._chain.changed(policy)
+        _say_anew(anew)
+
     @property
     def is_stopping(self) -> bool:
         """Whether a skip too many was learnt of that stops the run at its next step."""
@@ -112,11 +119,7 @@ class Engine:
         self._skips = SkipHistory.of(state["skips"])
         self._noise = NoiseScale.of(state["noise"])
         self._planned = int(state["planned"])
-        if anew:
-            say(
-                logging.WARNING, "the histories of %s were not saved, or learn in another way "
-                "now: they begin anew", ", ".join(anew),
-            )  # fmt: skip
+        _say_anew(anew)
 
     def _new_chain(self, layout: Layout) -> Chain:
         xp = self._backend.xp
@@ -332,6 +335,14 @@ class Engine:
             logging.CRITICAL,
             "gradwatch failed %d times in a row to %s: the policy is no longer enforced "
             "(guard.on_error is observe)", self._failures_in_a_row, component,
+        )  # fmt: skip
+
+
+def _say_anew(rules: Sequence[str]) -> None:
+    if rules:
+        say(
+            logging.WARNING, "the histories of %s were not saved, or learn in another way "
+            "now: they begin anew", ", ".join(rules),
         )  # fmt: skip
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gradwatch.consumer import Consumer, Reporter
-from gradwatch.policy import Policy
+from gradwatch.policy import Policy, PolicyFile
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Ring
 from gradwatch.recording.store import Store, new_recording_path
 from gradwatch.records import RunInfo
+from gradwatch.reloading import Reloading
 from gradwatch.rules.detection import KINDS, Detection, detection_config
 from gradwatch.tally import Tally
 
@@ -32,7 +33,6 @@ class Pipeline:
         A recording that cannot be opened is reported, counted and left out; the run is watched
         all the same.
         """
-        self.info = info
         self.tally = Tally(info, kinds=KINDS)
         self.tally.set_enforcing(policy.enforcing)
         self.report = Reporter(self.tally)
@@ -56,8 +56,18 @@ class Pipeline:
             report=self.report,
         )
         self.recorder = Recorder(self.ring, self.consumer.wake)
+        self.reloading: Reloading | None = None
         self._closed = False
         self.consumer.start()
+
+    @property
+    def info(self) -> RunInfo:
+        return self.tally.info
+
+    def follow(self, file: PolicyFile) -> None:
+        """Takes over new numbers of the policy file while the run goes on."""
+        self.reloading = Reloading(file, self.consumer.changes.append, self.report)
+        self.consumer.chores.append(self.reloading.poll)
 
     def _opened(self, directory: str | os.PathLike[str] | None) -> tuple[Ring, Store | None]:
         if directory is None:

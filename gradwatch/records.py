@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "POLICY",
     "Anomaly",
     "Grouping",
     "Layout",
@@ -35,6 +36,9 @@ Grouping = Literal["parameter", "module"] | int
 """How parameters form layers: one each, by owning module, or by the first n parts of its path."""
 
 ROOT = "(root)"
+
+POLICY = "policy"
+"""The kind of event that tells of a policy file that was written while the run goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

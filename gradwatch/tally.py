@@ -19,7 +19,7 @@ from typing import get_args
 
 import numpy as np
 
-from gradwatch.records import Float32s, Level, RunInfo, StepRecord
+from gradwatch.records import POLICY, Float32s, Level, RunInfo, StepRecord
 
 __all__ = [
     "COMPONENTS",
@@ -138,6 +138,11 @@ class Tally:
         with self._lock:
             self._numbers["enforcing"] = int(enforcing)
 
+    def set_info(self, info: RunInfo) -> None:
+        """The run goes on under another policy, with the same rules and layers."""
+        with self._lock:
+            self.info = info
+
     def set_state(self, state: str) -> None:
         """One of `STATES`.
 
@@ -176,12 +181,12 @@ class Tally:
             numbers = self._numbers | self._window_max()
             labelled = {name: values.copy() for name, values in self._labelled.items()}
             histograms = {name: buckets.frozen() for name, buckets in self._buckets.items()}
-            active, state = self._active, self._state
+            active, state, info = self._active, self._state, self.info
         with np.errstate(over="ignore"):
             norms = NOTHING if latest is None else latest.grad_norms
             coefs = NOTHING if latest is None else latest.coefs
         return Snapshot(
-            info=self.info,
+            info=info,
             state=state,
             numbers=numbers,
             labelled=labelled,
@@ -290,7 +295,9 @@ def _labelled(info: RunInfo, kinds: Sequence[str]) -> dict[str, dict[Labels, flo
     return {
         "clipped_steps_total": {(rule,): 0 for rule in info.multiplying},
         "skipped_steps_total": {(reason,): 0 for reason in info.reasons},
-        "events_total": {(kind, level): 0 for kind in kinds for level in get_args(Level)},
+        "events_total": {
+            (kind, level): 0 for kind in (*kinds, POLICY) for level in get_args(Level)
+        },
         "last_event_timestamp_seconds": {(kind,): 0 for kind in kinds},
         "anomaly_active": {(kind,): 0 for kind in kinds},
         "anomalous_layers": {(kind,): 0 for kind in kinds},

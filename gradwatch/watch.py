@@ -152,14 +152,24 @@ class Watch:
             TrainingStopped: the policy says stop.
         """
         was_enforcing = self._engine.enforcing
+        context = self._guarded_context()
+        if self.pipeline.reloading is not None:
+            self.pipeline.reloading.apply(self._engine.num_steps, self._change)
         try:
-            self._engine.step(self._guarded_context())
+            self._engine.step(context)
         except TrainingStopped:
             self.pipeline.stopped = True
             self.pipeline.tally.set_state("stopped")
             raise
         if was_enforcing != self._engine.enforcing:
             self.pipeline.tally.set_enforcing(self._engine.enforcing)
+
+    def _change(self, policy: Policy) -> None:
+        """Goes on under a policy with other numbers."""
+        self._engine.change(policy)
+        if self._accumulate is not None:
+            self._accumulate = policy.accumulate
+            self.window.change(policy.accumulate)
 
     def _guarded_context(self) -> StepContext:
         try:

@@ -21,6 +21,7 @@ RANKS = {
     "recording": 4,
     "tally": 5,
     "recorder": 5,
+    "reloading": 5,
     "consumer": 5,
     "pipeline": 5,
     "progress": 5,

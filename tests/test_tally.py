@@ -159,7 +159,7 @@ def test_every_kind_that_detection_can_report_exists_from_the_start():
     from gradwatch.rules.detection import Detection
 
     labelled = tally_of().snapshot().labelled
-    assert {kind for kind, _ in labelled["events_total"]} == set(KINDS)
+    assert {kind for kind, _ in labelled["events_total"]} == {*KINDS, "policy"}
     assert set(Detection(LAYOUT).active()) <= set(KINDS)
 
 

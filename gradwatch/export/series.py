@@ -45,7 +45,6 @@ class Series:
         """Per-layer series come from rank 0 only."""
         names = info.layout.layers if info.rank == 0 else ()
         self.run_and_rank = (clean(info.run), str(info.rank))
-        self._info = _info_labels(info)
         self._layer_labels = tuple((clean(name),) for name in names)
         self._index = {name: index for index, name in enumerate(names)}
         self._most = max_layers
@@ -63,7 +62,7 @@ class Series:
             elif values := snapshot.labelled.get(name):
                 yield Family(spec, _cleaned(values), list(values.values()))
             elif name == "info":
-                yield Family(spec, (self._info,), [1])
+                yield Family(spec, (_info_labels(snapshot.info),), [1])
             elif name == "series_dropped":
                 yield Family(spec, ((),), [len(self._layer_labels) - len(labels)])
             elif name in ("grad_norm", "clip_coef"):

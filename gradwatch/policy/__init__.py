@@ -6,8 +6,10 @@ A file is read, checked and refused as a whole: every mistake with its line, or 
 """
 
 from gradwatch.policy.accumulate import Accumulate, SampleTarget
+from gradwatch.policy.changes import number_changes
 from gradwatch.policy.clip import ClipRule
 from gradwatch.policy.detectors import Detect, Exploding, Nonfinite, Spike, Vanishing
+from gradwatch.policy.file import PolicyFile
 from gradwatch.policy.forms import Budget, Schedule
 from gradwatch.policy.loading import load_policy, parse_policy
 from gradwatch.policy.models import Depth, Guard, Policy
@@ -25,6 +27,7 @@ __all__ = [
     "Guard",
     "Nonfinite",
     "Policy",
+    "PolicyFile",
     "SampleTarget",
     "Schedule",
     "Spike",
@@ -32,6 +35,7 @@ __all__ = [
     "Vanishing",
     "check_against",
     "load_policy",
+    "number_changes",
     "parse_policy",
     "policy_schema",
     "select",

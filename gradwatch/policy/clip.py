@@ -129,7 +129,8 @@ class ClipRule(Section):
     of the norm's own history."""
 
     then: Literal["scale", "skip", "zero", "stop", "warn"] = "scale"
-    """What happens above the limit: scale down to it, skip the step, stop the run, or warn."""
+    """What happens above the limit: scale down to it, skip the step, zero what has exceeded it,
+    stop the run, or warn."""
 
     name: Name = ""
     """The label on every exported series. Left out: `global`, or `per-` and the unit."""

@@ -102,7 +102,7 @@ def _or_off(value: Any) -> Any:
 
 
 class Detect(Section):
-    """Which detectors run, and how; None stands for one that is switched off."""
+    """Which detectors run, and how."""
 
     nonfinite: Annotated[Nonfinite | None, BeforeValidator(_or_off)] = Nonfinite()
     """A norm that is not finite."""

@@ -13,7 +13,7 @@ from gradwatch.policy.models import OBSERVE, Policy
 from gradwatch.policy.plain import Unreadable, read_mapping
 from gradwatch.policy.reading import read_text
 
-__all__ = ["load_policy", "parse_policy"]
+__all__ = ["load_policy", "parse_policy", "read_policy"]
 
 MAX_BYTES = 2**20
 TOO_LARGE = Mistake("a policy must be smaller than 1 MiB", (1, 1))
@@ -37,10 +37,19 @@ def load_policy(source: str | os.PathLike[str] | Mapping[str, Any] | Policy | No
         return _from_mapping(source, "<dict>")
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)
-        return parse_policy(_text(name), shown(name))
+        return read_policy(name, shown(name))
     raise PolicyError(
         f"a policy must be a path, a dict, a Policy or None. Received: {shown(source)}"
     )
+
+
+def read_policy(path: str, source: str) -> Policy:
+    """The policy in a file; `source` is what its errors call it.
+
+    Raises:
+        PolicyError: as `load_policy`.
+    """
+    return parse_policy(_text(path, source), source)
 
 
 def parse_policy(text: str, source: str = "<string>") -> Policy:
@@ -71,12 +80,12 @@ def _supported(policy: Policy) -> Policy:
     return policy
 
 
-def _text(path: str) -> str:
+def _text(path: str, source: str) -> str:
     if "\n" in path:
         raise PolicyError("a policy must be a path, not its text: for a text use parse_policy")
-    content = _content(path)
+    content = _content(path, source)
     if len(content) > MAX_BYTES:
-        raise policy_error(shown(path), [TOO_LARGE])
+        raise policy_error(source, [TOO_LARGE])
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -84,10 +93,10 @@ def _text(path: str) -> str:
         column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
         where = (before.count(b"\n") + 1, column)
         message = f"the file must be UTF-8. Received: byte 0x{content[error.start]:02x}"
-        raise policy_error(shown(path), [Mistake(message, where)]) from None
+        raise policy_error(source, [Mistake(message, where)]) from None
 
 
-def _content(path: str) -> bytes:
+def _content(path: str, source: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read(MAX_BYTES + 1)
@@ -97,4 +106,4 @@ def _content(path: str) -> bytes:
         said = "this is a directory, a policy is a YAML file"
     except (OSError, ValueError) as error:
         said = f"the file cannot be read: {getattr(error, 'strerror', None) or error}"
-    raise policy_error(shown(path), [Mistake(said)])
+    raise policy_error(source, [Mistake(said)])

@@ -53,10 +53,12 @@ class Guard(Section):
     """What happens to a step whose gradient holds inf or NaN. Without a policy: `none`."""
 
     patience: Count | None = None
-    """Consecutive skips, for any reason, that are tolerated before the run is stopped."""
+    """Consecutive skips, for any reason, that are tolerated before the run is stopped. Left out:
+    as many as come."""
 
     budget: BudgetText | None = None
-    """Skips that are tolerated within so many steps, such as `50/1000`."""
+    """Skips that are tolerated within so many steps, such as `50/1000`. Left out: as many as
+    come."""
 
     on_error: Literal["stop", "observe"] = "stop"
     """What happens after 3 failures in a row to decide or to apply. In shadow mode: `observe`."""
@@ -116,6 +118,11 @@ class Policy(Section):
     """The detectors; every one is on with its defaults unless it says `none`."""
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @property
+    def origin(self) -> Origin:
+        """Where it was written."""
+        return self._origin
 
     @property
     def source(self) -> str:

@@ -127,6 +127,12 @@ class Recording:
         query = f"SELECT {', '.join(ANOMALY_COLUMNS)} FROM anomalies ORDER BY id"
         return [anomaly_from(row) for row in self._read(query)]
 
+    def policies(self) -> list[tuple[int, str]]:
+        """Those that took the place of the one in `info`, as YAML, each with its first step."""
+        if not self._read("SELECT 1 FROM sqlite_master WHERE name = 'policies'").fetchone():
+            return []  # of an earlier version
+        return [(int(step), str(text)) for step, text in self._read("SELECT * FROM policies")]
+
     def series(self, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Steps [T] and values [T] of one column, e.g. `total_norm`; fast, no record is made.
 

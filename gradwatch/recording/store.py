@@ -16,7 +16,7 @@ from gradwatch.records import RunInfo, StepRecord
 
 __all__ = ["SCHEMA", "SCHEMA_VERSION", "Store", "new_recording_path"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_BYTES = 2 * 1024**3
 DELETED_AT_ONCE = 20
 """Retention takes away one row of so many when the bound is reached."""
@@ -26,6 +26,7 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE steps (id INTEGER PRIMARY KEY, {", ".join(COLUMNS)});
 CREATE INDEX steps_by_step ON steps (step);
 CREATE TABLE anomalies (id INTEGER PRIMARY KEY, {", ".join(ANOMALY_COLUMNS)});
+CREATE TABLE policies (step INTEGER NOT NULL, policy TEXT NOT NULL);
 """
 _INSERT = f"INSERT INTO steps ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 _INSERT_ANOMALY = (
@@ -104,6 +105,13 @@ class Store:
             "(SELECT step FROM anomalies) ORDER BY id LIMIT max(1, "
             f"(SELECT count(*) / {DELETED_AT_ONCE} FROM steps)))"
         )
+
+    def note_policy(self, step: int, policy: str) -> None:
+        """The policy that holds from a step on, as canonical YAML; the first one is in the info."""
+        try:
+            self._connection.execute("INSERT INTO policies VALUES (?, ?)", (step, policy))
+        except sqlite3.Error as error:
+            raise RecordingError(f"{self.path}: a policy was not stored ({error})") from error
 
     def note_state(self, state: str) -> None:
         """How the run is: `running`, `finished`, `stopped` or `crashed`."""

@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,7 @@ class Chain:
             for num_units in (_units(rule, layout)[1],)
         }
         self._xp = xp
+        self._statistics_xp = statistics_xp
         self._layout = layout
         self._selected = [select(rule, layout) for rule in policy.clip]
         keys = {2.0: None} | dict.fromkeys(_key(rule) for rule in policy.clip)
@@ -157,6 +158,20 @@ class Chain:
                 learning.state = begun_again(
                     learning.statistic, learning.state, found, growing, learning.xp
                 )
+
+    def changed(self, policy: Policy) -> tuple[Chain, list[str]]:
+        """The chain of the same rules with other numbers, which goes on with these histories.
+
+        Returns:
+            It, and the names of rules that begin anew: they keep their history in another shape.
+        """
+        new = Chain(policy, self._layout, self._xp, self._statistics_xp)
+        anew = new.load_state_dict(self.state_dict())
+        for k, learning in new._statistics.items():
+            if learning.statistic.until != self._statistics[k].statistic.until:
+                fresh = begun(learning.statistic, learning.num_units, learning.xp)
+                learning.state = replace(learning.state, until_U=fresh.until_U)
+        return new, anew
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """By rule: the names of its units, and its history as NumPy arrays."""

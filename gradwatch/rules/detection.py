@@ -140,6 +140,21 @@ class Detection:
         for detector in self._detectors.values():
             detector.restored()
 
+    def reconfigured(self, config: DetectionConfig) -> Detection:
+        """The same detection with other parameters: baselines and episodes go on, but for those
+        that are kept in another shape now."""
+        new = Detection(self._layout, config)
+        _copy_fitting(self._regime.arrays(), new._regime.arrays())
+        np.copyto(new._last_norms_P, self._last_norms_P)
+        for kinds, detector in new._detectors.items():
+            for others, before in self._detectors.items():
+                if set(kinds.split("+")) & set(others.split("+")):
+                    _copy_fitting(before.arrays(), detector.arrays())
+            detector.restored()
+        new._last_step = self._last_step
+        new._changes += self._changes
+        return new
+
     def _begin_anew(self, change: Change) -> None:
         self._changes.append(change)
         for detector in self._detectors.values():
@@ -194,6 +209,19 @@ def _of_one_band(config: DetectionConfig) -> list[dict[str, OutlierConfig]]:
     for kind, found in configs.items():
         groups.setdefault(found.band, {})[kind] = found
     return list(groups.values())
+
+
+def _copy_fitting(
+    before: Mapping[str, npt.NDArray[Any]], after: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    """Copies what has the same shape; of a part, such as a baseline, all of it or nothing."""
+    parts: dict[str, list[str]] = {}
+    for name in after:
+        parts.setdefault(name.rpartition(".")[0], []).append(name)
+    for names in parts.values():
+        if all(name in before and before[name].shape == after[name].shape for name in names):
+            for name in names:
+                np.copyto(after[name], before[name])
 
 
 def _check(

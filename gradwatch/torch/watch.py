@@ -206,6 +206,10 @@ class TorchWatch(Watch):
             return math.nan, 0
         return scale, 0 if told else dropped
 
+    def _change(self, policy: Policy) -> None:
+        super()._change(policy)
+        self._policy = policy
+
     def _micro_ended(self, micro: MicroBatch[Any]) -> None:
         try:
             self._marked_loop.ended(micro)

@@ -39,7 +39,7 @@ def replay_command(
     """
     loaded = load_policy(policy)
     with shown_recording(recording) as opened:
-        found = replay(opened.records(), opened.info, loaded)
+        found = replay(opened.records(), opened.info, loaded, opened.policies())
     console = _console()
     for line in summary(found):
         print(line)

@@ -58,6 +58,11 @@ class Evidence:
             self._window = Window(ran.accumulate)
         self._info = info
 
+    def change(self, ran: Policy) -> None:
+        """The run went on under a policy with other numbers."""
+        if self._window is not None:
+            self._window.change(ran.accumulate)
+
     def planned(self, step: int) -> int:
         """Micro-batches that the policy that ran planned for a step; 0 where it did not."""
         if self._window is None or self._window.target is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,22 +104,41 @@ class Replay:
         return next((outcome for outcome in self.outcomes if outcome.stop), None)
 
 
-def replay(records: Iterable[StepRecord], info: RunInfo, policy: Policy) -> Replay:
+def replay(
+    records: Iterable[StepRecord],
+    info: RunInfo,
+    policy: Policy,
+    changes: Sequence[tuple[int, str]] = (),
+) -> Replay:
     """What a policy would have done in a recorded run.
+
+    Args:
+        changes: policies that took the place of the one in `info`, as YAML, each with its first
+            step. Where the policy is one of those, the run is replayed with all of them.
 
     Raises:
         PolicyError: its selectors match nothing in the model that was recorded.
     """
     check_against(policy, info.layout)
     ran = _policy_that_ran(info)
-    same = ran is not None and ran.sha256 == policy.sha256
+    later = [(step, parse_policy(text, f"<policy of {info.run}>")) for step, text in changes]
+    same = ran is not None and policy.sha256 in {ran.sha256, *(p.sha256 for _, p in later)}
     unknown = missing_for(policy, ran, info)
     known = policy.model_copy(
         update={"clip": tuple(rule for rule in policy.clip if rule.name not in unknown)}
     )
+    if same and ran is not None:
+        known = ran
     found = Replay(info=info, policy=policy, is_the_one_that_ran=same, unknown=unknown)
     run = _Run(info, known, ran)
+    if same and later:
+        found.notes.append(
+            "the policy was changed at step "
+            f"{', '.join(str(step) for step, _ in later)} and is replayed with its changes"
+        )
     for record in records:
+        while later and later[0][0] <= record.step:
+            run.change(later.pop(0)[1], ran_only=not same)
         outcome, differences = run.step(record)
         if same:
             found.differences += differences
@@ -143,6 +162,20 @@ class _Run:
         self._detection = Detection(info.layout, detection_config(policy.detect.parameters()))
         self._skips = SkipHistory()
         self._planned = 0
+
+    def change(self, policy: Policy, *, ran_only: bool) -> None:
+        """The run went on under other numbers.
+
+        Args:
+            ran_only: whether the policy that is replayed is another one, and stays.
+        """
+        self._evidence.change(policy)
+        if ran_only:
+            return
+        self._policy = policy
+        self._chain, _ = self._chain.changed(policy)
+        config = detection_config(policy.detect.parameters())
+        self._detection = self._detection.reconfigured(config)
 
     def step(self, record: StepRecord) -> tuple[Outcome, list[Difference]]:
         self._note_planned(record.step)

@@ -311,7 +311,8 @@ def test_a_forked_child_does_no_harm_to_the_run_of_its_parent(task, attach, tmp_
 
 
 SCRIPT = """
-import sys, torch, gradwatch
+import signal, sys, torch, gradwatch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's `&`
 torch.manual_seed(0)
 model = torch.nn.Linear(4, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
