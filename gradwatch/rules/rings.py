@@ -95,8 +95,10 @@ class NumberRings:
         return ring
 
     def ring_moments(self, ring: list[float], count: float) -> tuple[float, float]:
-        held = np.asarray(ring[: int(min(count, len(ring)))] or [0.0])
-        return float(held.mean()), float(held.var(ddof=1)) if len(held) > 1 else 0.0
+        held = np.array(ring[: int(min(count, len(ring)))] or [0.0])
+        mean = float(held.sum()) / len(held)
+        held -= mean
+        return mean, float(held.dot(held)) / max(1, len(held) - 1)
 
     def ring_quantile(self, ring: list[float], count: float, quantile: float) -> float:
         held = ring[: int(min(count, len(ring)))]

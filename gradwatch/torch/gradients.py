@@ -12,6 +12,8 @@ import torch
 
 __all__ = ["Gradients", "clamp", "drop", "gather", "scale", "zero_above"]
 
+STRIDED = {torch.strided}
+
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
@@ -61,7 +63,7 @@ def gather(
     present = bytes([grad is not None for grad in grads])
     values = [grad for grad in grads if grad is not None]
     coalesced, rows = [], {}
-    if any(value.layout != torch.strided for value in values):
+    if not {value.layout for value in values} <= STRIDED:
         owners = [parameter for parameter in parameters if parameter.grad is not None]
         for i, (owner, value) in enumerate(zip(owners, values, strict=True)):
             if value.layout != torch.strided:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gradwatch.policy import load_policy, parse_policy
 
@@ -198,6 +200,49 @@ def watched(attach, name: str, policy) -> tuple[Gradients, list[bool]]:
         optimizer.step()
         changed.append(watch.latest.clipped or watch.latest.skipped is not None)
     return [w.detach() for w in weights], changed
+
+
+POISON = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("name", [*CASES, "default"])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, 150), bad=st.sampled_from(POISON), element=st.integers(0, 35))
+def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing_after_it(
+    attach, name, at, bad, element
+):
+    rules = [{"limit": {"z": 4}}] if name == "default" else [{"use": name}]
+    gain = CASES.get(name, (None, 1.0))[1]
+    policy = {"version": 1, "clip": rules}
+    expected, limits = poisoned(attach, policy, Run(gain), None, bad, element)
+    found, with_one_more = poisoned(attach, policy, Run(gain), at, bad, element)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert with_one_more[:at] + with_one_more[at + 1 :] == limits
+
+
+def poisoned(attach, policy, run, at, bad, element):
+    """Weights after 160 steps, one more that holds a bad element before step `at`, and limits."""
+    model = torch.nn.Linear(5, 6)
+    weights = [model.weight, model.bias]
+    with torch.no_grad():
+        for weight, start in zip(weights, run.start, strict=True):
+            weight.copy_(start)
+    optimizer = torch.optim.SGD(weights, lr=RATE, momentum=0.9)
+    watch = attach(model, optimizer, policy)
+    limits = []
+    for step in [*range(at), -1, *range(at, 160)] if at is not None else range(160):
+        loss, grads = run.gradients(max(step, 0), [w.detach() for w in weights])
+        if step < 0:
+            grads[element // 30].view(-1)[element % 6] = bad
+            loss = bad
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad
+        watch.log(loss=loss)
+        optimizer.step()
+        assert (watch.latest.skipped == "nonfinite") == (step < 0) or watch.latest.fired
+        limits.append(dict(watch.latest.limits))
+    watch.close()
+    return [w.detach() for w in weights], limits
 
 
 def using(name: str):
