@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from gradwatch.policy import Policy
+from gradwatch.policy import Detect, Policy
 from gradwatch.recording.ring import Ring
 from gradwatch.recording.store import Store
-from gradwatch.records import Anomaly, StepRecord
+from gradwatch.records import POLICY, Anomaly, StepRecord
 from gradwatch.reloading import Change
-from gradwatch.rules.detection import Detection, detection_config
+from gradwatch.rules.detection import Detection
 from gradwatch.saying import say
 from gradwatch.tally import Tally
 
@@ -67,6 +67,7 @@ class Consumer:
         ring: Ring,
         *,
         detection: Detection,
+        detect: Detect,
         tally: Tally,
         store: Store | None,
         report: Callable[[str], None],
@@ -74,6 +75,10 @@ class Consumer:
         self.callbacks: list[Callable[[Anomaly], None]] = []
         self._ring = ring
         self.detection = detection
+        self._detect = detect
+        self.stop_run: Callable[[], Callable[[Anomaly], None] | None] = lambda: None
+        """A reference to what stops the run after a finding; it may be gone."""
+
         self._tally = tally
         self._store = store
         self._report = report
@@ -230,8 +235,8 @@ class Consumer:
         return replace(record, anomalies=anomalies) if anomalies else record
 
     def _reconfigure(self, policy: Policy) -> None:
-        config = detection_config(policy.detect.parameters())
-        self.detection = self.detection.reconfigured(config)
+        self._detect = policy.detect
+        self.detection = self.detection.reconfigured(policy.detect)
 
     def _note_policy(self, step: int, policy: Policy) -> None:
         info = replace(
@@ -252,10 +257,18 @@ class Consumer:
         self._tally.set_recording_bytes(self._store.bytes)
 
     def _announce(self, anomaly: Anomaly) -> None:
-        level = logging.INFO if anomaly.level == "event" else logging.WARNING
+        then = "warn" if anomaly.kind == POLICY else self._then(anomaly.kind)
+        quiet = anomaly.level == "event" or then == "record"
+        level = logging.INFO if quiet else logging.WARNING
         say(level, "step %d: %s", anomaly.step, anomaly.message)
+        if then == "stop" and (stop := self.stop_run()) is not None:
+            stop(anomaly)
         for callback in self.callbacks:
             self._guarded("callback", callback, anomaly)
+
+    def _then(self, kind: str) -> str:
+        detector = self._detect[kind]
+        return "record" if detector is None else detector.then
 
     def _guarded(self, component: str, call: Callable[..., object], *args: object) -> None:
         try:

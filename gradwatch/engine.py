@@ -24,7 +24,7 @@ from gradwatch.errors import TrainingStopped
 from gradwatch.policy import Policy
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Row
-from gradwatch.records import Layout, RunInfo
+from gradwatch.records import Anomaly, Layout, RunInfo
 from gradwatch.rules.arrays import NUMPY
 from gradwatch.rules.chain import Chain
 from gradwatch.rules.clipping import NO_LOSS, Decision, Norms
@@ -87,6 +87,14 @@ class Engine:
         histories = self._chain.state_dict()
         self._chain = self._new_chain(layout)
         self._chain.load_state_dict(histories)
+
+    def stop_soon(self, anomaly: Anomaly) -> None:
+        """Stops the run before its next update, as `detect` says; called on another thread."""
+        if self._policy.mode != "enforce":
+            say(logging.WARNING, "the policy would stop the run here (%s)", anomaly.kind)
+        elif self._stopping is None:
+            why = f"detect.{anomaly.kind} at step {anomaly.step}: {anomaly.message}"
+            self._stopping = _stopped(self.num_steps, why, anomaly.kind)
 
     def change(self, policy: Policy) -> None:
         """Goes on under a policy of the same rules with other numbers, from the next step on."""

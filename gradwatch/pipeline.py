@@ -16,7 +16,7 @@ from gradwatch.recording.ring import Ring
 from gradwatch.recording.store import Store, new_recording_path
 from gradwatch.records import RunInfo
 from gradwatch.reloading import Reloading
-from gradwatch.rules.detection import KINDS, Detection, detection_config
+from gradwatch.rules.detection import KINDS, Detection
 from gradwatch.tally import Tally
 
 __all__ = ["Pipeline"]
@@ -50,7 +50,8 @@ class Pipeline:
         self.ring, store = self._opened(directory)
         self.consumer = Consumer(
             self.ring,
-            detection=Detection(info.layout, detection_config(policy.detect.parameters())),
+            detection=Detection(info.layout, policy.detect),
+            detect=policy.detect,
             tally=self.tally,
             store=store,
             report=self.report,

@@ -59,6 +59,9 @@ class Parameter:
     aliases: tuple[str, ...] = ()
     """Further names of a tied parameter; a selector may use any of them."""
 
+    trainable: bool = True
+    """Whether it asked for a gradient when the watch began."""
+
     unit_axis: int = 0
     """The axis along which its output units lie: 0 in torch, another one where a layer keeps its
     weights transposed."""

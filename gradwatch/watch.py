@@ -49,6 +49,7 @@ class Watch:
 
         self._engine = Engine(info, policy, backend, self.pipeline.recorder, self.pipeline.report)
         self.pipeline.before_close = weakref.WeakMethod(self._engine.catch_up)
+        self.pipeline.consumer.stop_run = weakref.WeakMethod(self._engine.stop_soon)
         self._unloggable: set[str] = set()
         # In shadow mode nothing is touched: each micro-batch is a window.
         self._accumulate = policy.accumulate if policy.mode == "enforce" else None

@@ -8,32 +8,30 @@ A file is read, checked and refused as a whole: every mistake with its line, or 
 from gradwatch.policy.accumulate import Accumulate, SampleTarget
 from gradwatch.policy.changes import number_changes
 from gradwatch.policy.clip import ClipRule
-from gradwatch.policy.detectors import Detect, Exploding, Nonfinite, Spike, Vanishing
+from gradwatch.policy.detectors import KINDS, Detect
 from gradwatch.policy.file import PolicyFile
 from gradwatch.policy.forms import Budget, Schedule
 from gradwatch.policy.loading import load_policy, parse_policy
 from gradwatch.policy.models import Depth, Guard, Policy
 from gradwatch.policy.schema import policy_schema
-from gradwatch.policy.selection import check_against, select
+from gradwatch.policy.selection import check_against, layers_of, select
 from gradwatch.policy.statistic import StatisticLimit
 
 __all__ = [
+    "KINDS",
     "Accumulate",
     "Budget",
     "ClipRule",
     "Depth",
     "Detect",
-    "Exploding",
     "Guard",
-    "Nonfinite",
     "Policy",
     "PolicyFile",
     "SampleTarget",
     "Schedule",
-    "Spike",
     "StatisticLimit",
-    "Vanishing",
     "check_against",
+    "layers_of",
     "load_policy",
     "number_changes",
     "parse_policy",

@@ -2,23 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from gradwatch.policy.values import OFF, Factor, Fraction, Positive, Section, Span, Steps, refuse
+from gradwatch.policy.values import (
+    OFF,
+    Factor,
+    Fraction,
+    Names,
+    Positive,
+    Section,
+    Span,
+    Steps,
+    refuse,
+)
 
-__all__ = ["Detect", "Exploding", "Nonfinite", "Overflow", "Spike", "Vanishing"]
+__all__ = [
+    "KINDS",
+    "ClipSaturated",
+    "Collapsed",
+    "Dead",
+    "Detect",
+    "Detector",
+    "Diverging",
+    "Exploding",
+    "LossScaleCollapse",
+    "LossSpike",
+    "Nonfinite",
+    "Outlier",
+    "Overflow",
+    "OversizedUpdate",
+    "Spike",
+    "StalledUpdate",
+    "Stuck",
+    "SwallowedUpdate",
+    "Underflow",
+    "Unused",
+    "Vanishing",
+]
 
-Action = Literal["record"]
+Action = Literal["record", "warn", "stop"]
 
 
-class _Detector(Section):
-    then: Action = "record"
-    """What a finding leads to: it is recorded, counted and exported."""
+class Detector(Section):
+    """What one kind of anomaly needs to know."""
+
+    then: Action = "warn"
+    """What a finding leads to, beside being recorded, counted and exported: nothing more, a line in
+    the log, or the end of the run before its next update."""
 
 
-class _Counting(_Detector):
+class _OfLayers(Detector):
+    layers: Names = ("*",)
+    """A glob or a list of globs on the layers that are looked at."""
+
+    exclude: Names = ()
+    """Globs that take layers out again."""
+
+
+class _Counting(_OfLayers):
     need: Span = 3
     """Steps out of the last `of` that must be abnormal."""
 
@@ -32,7 +76,9 @@ class _Counting(_Detector):
         return self
 
 
-class _Outlier(_Counting):
+class Outlier(_Counting):
+    """A norm and its own baseline; what several detectors share."""
+
     z: Positive = 6.0
     """Distance of ln(norm) from its median, in units of 1.4826 x MAD, to be exceeded."""
 
@@ -55,26 +101,84 @@ class _Outlier(_Counting):
         return self
 
 
-class Nonfinite(_Detector):
+class _Sampled(_Counting):
+    need: Span = 20
+    """Samples out of the last `of` that must be abnormal."""
+
+    of: Span = 25
+    """The number of last samples that are looked at."""
+
+
+class Nonfinite(Detector):
     """A norm that holds inf or NaN: immediate."""
 
 
-class Overflow(_Detector):
+class Overflow(Detector):
     """A norm that holds inf or NaN in a step that the loss scaler drops: how it finds its scale."""
 
+    then: Action = "record"
+    """The same as for any detector; it pages nobody."""
 
-class Exploding(_Outlier):
+
+class Exploding(Outlier):
     """A layer whose norm stays far above its own baseline."""
 
 
-class Spike(_Outlier):
+class Spike(Outlier):
     """A layer whose norm jumps far above its own baseline for single steps."""
+
+    then: Action = "record"
+    """The same as for any detector; it pages nobody."""
 
     need: Span = 1
     """Steps out of the last `of` that must be abnormal."""
 
     of: Span = 1
     """The number of last steps that are looked at."""
+
+
+class LossSpike(Detector):
+    """A loss that stays above its own baseline."""
+
+    z: Positive = 4.0
+    """Distance of ln(loss) from its median, in units of 1.4826 x MAD, to be exceeded."""
+
+    times: Factor = 1.1
+    """The loss must also exceed so many times its median."""
+
+    floor: Positive = 0.02
+    """Least scale of ln(loss)."""
+
+    warmup: Span = 64
+    """Accepted values before the detector may fire."""
+
+    window: Span = 128
+    """Accepted values that the median and the MAD are taken from."""
+
+    need: Span = 3
+    """Steps out of the last `of` that must be abnormal."""
+
+    of: Span = 5
+    """The number of last steps that are looked at."""
+
+
+class Diverging(Detector):
+    """A loss that has been lower, and stays away from there."""
+
+    times: Factor = 1.25
+    """How many times its best median the median of the loss must exceed."""
+
+    share: Fraction = 0.1
+    """The median must also exceed this share of the first losses: near 0 everything is noise."""
+
+    over: Span = 50
+    """Losses that a median is taken of."""
+
+    steps: Span = 25
+    """Steps in a row for which that must hold."""
+
+    after: Steps = 200
+    """Losses before the detector may fire."""
 
 
 class Vanishing(_Counting):
@@ -93,6 +197,121 @@ class Vanishing(_Counting):
     """Steps of the run before the detector may fire."""
 
 
+class Collapsed(Outlier):
+    """A parameter whose norm stays far below its own baseline, while the loss does not."""
+
+    times: Factor = 100.0
+    """The norm must also be below its median divided by this."""
+
+    need: Span = 20
+    """Steps out of the last `of` that must be abnormal."""
+
+    of: Span = 25
+    """The number of last steps that are looked at."""
+
+
+class LossScaleCollapse(Detector):
+    """A loss scale that finds no level, or drops too many steps."""
+
+    least: Positive = 1.0
+    """Below it the scale has collapsed."""
+
+    halvings: Span = 8
+    """How often the scale may be halved within `window` steps, once it was found."""
+
+    share: Fraction = 0.25
+    """Dropped steps among the last `window`, to be exceeded."""
+
+    window: Span = 64
+    """The number of last steps that are looked at."""
+
+
+class Unused(_OfLayers):
+    """A parameter that is to be trained and gets no gradient."""
+
+    steps: Span = 100
+    """Steps in a row without one."""
+
+
+class Stuck(Detector):
+    """A run that makes no step, or the same one again and again."""
+
+    steps: Span = 20
+    """Steps in a row whose norm is the same to the bit."""
+
+    seconds: Positive = 300.0
+    """Without a step; longer where steps take longer."""
+
+    times: Factor = 10.0
+    """Without a step for so many times the median of the last steps."""
+
+
+class ClipSaturated(Detector):
+    """Clipping that never rests: the limit, not the gradient, sets the length of a step."""
+
+    then: Action = "record"
+    """The same as for any detector; it pages nobody."""
+
+    share: Fraction = 0.95
+    """Clipped steps among the last `window`, to be exceeded."""
+
+    window: Span = 256
+    """The number of last steps that are looked at."""
+
+
+class Dead(_Sampled):
+    """A layer whose gradient is zero nearly everywhere."""
+
+    share: Fraction = 0.999
+    """Zeros among the elements of its gradient."""
+
+
+class StalledUpdate(_Sampled):
+    """A layer whose weights hardly move."""
+
+    ratio: Positive = 1e-7
+    """Norm of the update over the norm of the weights, to stay below."""
+
+    need: Span = 50
+    """Samples out of the last `of` that must be abnormal."""
+
+    of: Span = 60
+    """The number of last samples that are looked at."""
+
+
+class OversizedUpdate(_Sampled):
+    """A layer whose weights are rewritten by single updates."""
+
+    ratio: Positive = 0.3
+    """Norm of the update over the norm of the weights, to be exceeded."""
+
+    least: Positive = 1e-3
+    """Norm of the weights below which nothing is said: zeros may grow."""
+
+    need: Span = 3
+    """Samples out of the last `of` that must be abnormal."""
+
+    of: Span = 5
+    """The number of last samples that are looked at."""
+
+
+class Underflow(_Sampled):
+    """A layer whose gradient is lost in float16 at the present loss scale."""
+
+    share: Fraction = 0.3
+    """Share of its non-zero elements that float16 makes zero, above the usual one of the layer."""
+
+    warmup: Span = 10
+    """Samples that the usual share is taken from."""
+
+
+class SwallowedUpdate(_Sampled):
+    """A layer whose updates are too small for the precision of its weights."""
+
+    share: Fraction = 0.5
+    """Weights that a step leaves unchanged, among those with a gradient."""
+
+
 def _or_off(value: Any) -> Any:
     if isinstance(value, str) and value == OFF:
         return None
@@ -101,24 +320,78 @@ def _or_off(value: Any) -> Any:
     return value
 
 
+OFF_OR = BeforeValidator(_or_off)
+
+
 class Detect(Section):
     """Which detectors run, and how."""
 
-    nonfinite: Annotated[Nonfinite | None, BeforeValidator(_or_off)] = Nonfinite()
+    every: Span = 10
+    """Steps between two samples of what norms do not tell: zeros, updates, lost precision."""
+
+    nonfinite: Annotated[Nonfinite | None, OFF_OR] = Nonfinite()
     """A norm that is not finite."""
 
-    overflow: Annotated[Overflow | None, BeforeValidator(_or_off)] = Overflow()
-    """A norm that is not finite in a step that a loss scaler drops."""
-
-    exploding: Annotated[Exploding | None, BeforeValidator(_or_off)] = Exploding()
+    exploding: Annotated[Exploding | None, OFF_OR] = Exploding()
     """A norm far above its own baseline, persistently."""
 
-    spike: Annotated[Spike | None, BeforeValidator(_or_off)] = Spike()
-    """A norm far above its own baseline, for single steps."""
+    loss_scale_collapse: Annotated[LossScaleCollapse | None, OFF_OR] = LossScaleCollapse()
+    """A loss scale below 1, or one that does not settle."""
 
-    vanishing: Annotated[Vanishing | None, BeforeValidator(_or_off)] = Vanishing()
+    loss_spike: Annotated[LossSpike | None, OFF_OR] = LossSpike()
+    """A loss above its own baseline, persistently."""
+
+    vanishing: Annotated[Vanishing | None, OFF_OR] = Vanishing()
     """A norm that is a tiny share of the largest layer's, persistently."""
 
-    def parameters(self) -> dict[str, dict[str, object] | None]:
-        """The parameters of each kind, defaults included; None for one that is switched off."""
-        return {kind: None if detector is None else dict(detector) for kind, detector in self}
+    collapsed: Annotated[Collapsed | None, OFF_OR] = Collapsed()
+    """A parameter's norm far below its own baseline, persistently."""
+
+    dead: Annotated[Dead | None, OFF_OR] = Dead()
+    """A gradient of zeros; sampled."""
+
+    stalled_update: Annotated[StalledUpdate | None, OFF_OR] = StalledUpdate()
+    """Updates that are nothing beside the weights; sampled."""
+
+    oversized_update: Annotated[OversizedUpdate | None, OFF_OR] = OversizedUpdate()
+    """Updates that are large beside the weights; sampled."""
+
+    underflow: Annotated[Underflow | None, OFF_OR] = Underflow()
+    """Gradients that the loss scale leaves too small for float16; sampled."""
+
+    swallowed_update: Annotated[SwallowedUpdate | None, OFF_OR] = SwallowedUpdate()
+    """Updates that the precision of the weights swallows; sampled."""
+
+    diverging: Annotated[Diverging | None, OFF_OR] = Diverging()
+    """A loss that goes away from its best."""
+
+    stuck: Annotated[Stuck | None, OFF_OR] = Stuck()
+    """No step for long, or the same norm again and again."""
+
+    unused: Annotated[Unused | None, OFF_OR] = Unused()
+    """A parameter that gets no gradient."""
+
+    overflow: Annotated[Overflow | None, OFF_OR] = Overflow()
+    """A norm that is not finite in a step that a loss scaler drops."""
+
+    spike: Annotated[Spike | None, OFF_OR] = Spike()
+    """A norm far above its own baseline, for single steps."""
+
+    clip_saturated: Annotated[ClipSaturated | None, OFF_OR] = ClipSaturated()
+    """Clipping in nearly every step."""
+
+    def kinds(self) -> Iterator[tuple[str, Detector]]:
+        """The kinds that are on, most urgent first."""
+        for kind in KINDS:
+            if (detector := self[kind]) is not None:
+                yield kind, detector
+
+    def __getitem__(self, kind: str) -> Detector | None:
+        if kind not in KINDS:
+            raise KeyError(kind)
+        detector: Detector | None = getattr(self, kind)
+        return detector
+
+
+KINDS = tuple(key for key in Detect.model_fields if key != "every")
+"""Every kind of anomaly, most urgent first."""

@@ -141,6 +141,7 @@ class Policy(Section):
             self.accumulate is not None
             or self.guard.nonfinite != "none"
             or any(rule.then != "warn" for rule in self.clip)
+            or any(detector.then == "stop" for _, detector in self.detect.kinds())
         )
 
     def who(self, then: str) -> tuple[str, ...]:

@@ -51,7 +51,15 @@ def reference_text() -> str:
     schema = policy_schema()
     parts = {"Policy": schema, **schema["$defs"]}
     text = re.sub(r"\{keys (\w+)\}", lambda m: _keys(parts[m[1]]), TEMPLATE.read_text("utf-8"))
+    text = text.replace("{detectors}", "\n\n".join(_detectors(parts)))
     return text.replace("{presets}", "\n".join(_presets()).rstrip())
+
+
+def _detectors(parts: Schema) -> Iterator[str]:
+    for kind, entry in parts["Detect"]["properties"].items():
+        for form in entry.get("anyOf", ()):
+            if "$ref" in form:
+                yield f"### detect.{kind}\n\n{_keys(parts[form['$ref'].removeprefix(REF)])}"
 
 
 def _keys(part: Schema) -> str:
@@ -92,7 +100,7 @@ def _takes(entry: Schema) -> str:
         return " or ".join(dict.fromkeys(_takes(form) for form in forms))
     if "$ref" in entry:
         name = entry["$ref"].removeprefix(REF)
-        title = TITLES.get(name, f"detect.{name.lower()}")
+        title = TITLES.get(name) or f"detect.{_snake(name)}"
         return f"[{_short(title)}](#{_anchor(title)})"
     if "const" in entry:
         return f"`{entry['const']}`"
@@ -123,6 +131,10 @@ class _Plain(yaml.SafeDumper):
         return True
 
 
+def _snake(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
 def _short(title: str) -> str:
     """`{target: ...}` of `accumulate.steps: {target: ...}`"""
     return re.sub(r"^[a-z.]+: ", "", title)
@@ -130,7 +142,7 @@ def _short(title: str) -> str:
 
 def _anchor(title: str) -> str:
     """As GitHub makes them."""
-    return re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+    return re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-")
 
 
 def _cell(text: str) -> str:

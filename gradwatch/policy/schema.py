@@ -100,6 +100,8 @@ def _with_off(detect: Schema) -> Schema:
             "description": entry["description"],
             "anyOf": [{"$ref": entry["$ref"]}, {"const": OFF}],
         }
+        if "$ref" in entry
+        else entry
         for kind, entry in detect["properties"].items()
     }
     return {**detect, "properties": entries}

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 
 from gradwatch.policy.clip import ClipRule, split_ndim
+from gradwatch.policy.detectors import Detector
 from gradwatch.policy.locating import Mistake, policy_error, shown
 from gradwatch.policy.models import Policy
 from gradwatch.records import Bools, Indices, Layout, Parameter, layer_name
 
-__all__ = ["check_against", "select"]
+__all__ = ["check_against", "layers_of", "select"]
 
 COMPARISONS: dict[str, Callable[[int, int], bool]] = {
     "<": operator.lt,
@@ -49,8 +50,35 @@ def check_against(policy: Policy, layout: Layout) -> None:
         PolicyError: with a line for each selector that matches nothing.
     """
     mistakes = [mistake for rule in policy.clip for mistake in _selected(rule, layout)[1]]
+    mistakes += _unmatched(policy, layout)
     if mistakes:
         raise policy_error(policy.source, mistakes)
+
+
+def layers_of(detector: Detector, layout: Layout) -> Bools | None:
+    """[L] the layers that a detector looks at; None where that is all of them."""
+    chosen, left_out = getattr(detector, "layers", ("*",)), getattr(detector, "exclude", ())
+    if tuple(chosen) == ("*",) and not left_out:
+        return None
+    return _mask(
+        any(fnmatchcase(layer, glob) for glob in chosen)
+        and not any(fnmatchcase(layer, glob) for glob in left_out)
+        for layer in layout.layers
+    )
+
+
+def _unmatched(policy: Policy, layout: Layout) -> Iterator[Mistake]:
+    """The globs of detectors that match no layer."""
+    for kind, detector in policy.detect.kinds():
+        for key in ("layers", "exclude"):
+            for glob in getattr(detector, key, ()):
+                if not any(fnmatchcase(layer, glob) for layer in layout.layers):
+                    near = _near(glob, list(layout.layers))
+                    said = f": no layer matches {shown(glob)}. {near}"
+                    yield policy.origin.mistake(("detect", kind, key), said)
+        mask = layers_of(detector, layout)
+        if mask is not None and not mask.any():
+            yield policy.origin.mistake(("detect", kind), ": its globs match no layer together")
 
 
 def _selected(rule: ClipRule, layout: Layout) -> tuple[Bools, list[Mistake]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from gradwatch.policy.accumulate import Accumulate, SampleTarget
 from gradwatch.policy.clip import ClipRule
+from gradwatch.policy.detectors import KINDS
 from gradwatch.policy.forms import Schedule
 from gradwatch.policy.models import Depth, Guard, Policy
 from gradwatch.policy.statistic import StatisticLimit
@@ -175,8 +176,15 @@ def _statistic(limit: StatisticLimit) -> str:
 
 
 def _detectors(policy: Policy) -> str:
-    kinds = [kind for kind, detector in policy.detect if detector is not None]
-    return f"detect: {', '.join(kinds) or 'nothing'}."
+    detect = policy.detect
+    off = [kind for kind in KINDS if detect[kind] is None]
+    if len(off) > len(KINDS) // 2:
+        on = ", ".join(kind for kind, _ in detect.kinds())
+        said = f"detect: {on or 'nothing'}."
+    else:
+        said = f"detect: all {len(KINDS)} kinds{' but ' if off else ''}{', '.join(off)}."
+    stops = [kind for kind, detector in detect.kinds() if detector.then == "stop"]
+    return f"{said} {', '.join(stops)} stops the run." if stops else said
 
 
 def _cost(policy: Policy) -> Iterator[str]:

@@ -39,20 +39,8 @@ def _detector(kind: str) -> Refusal:
 
 REFUSED = (
     Refusal("accumulate.sync", "Leave it out", what="the choice of when to reduce is"),
-    _detector("loss_spike"),
-    _detector("diverging"),
-    _detector("collapsed"),
-    _detector("stalled_update"),
-    _detector("oversized_update"),
-    _detector("dead"),
-    _detector("loss_scale_collapse"),
-    _detector("underflow"),
-    _detector("swallowed_update"),
     _detector("rank_divergence"),
     _detector("rank_outlier"),
-    _detector("unused"),
-    _detector("stuck"),
-    _detector("clip_saturated"),
 )
 
 

@@ -49,6 +49,7 @@ def _layout(data: dict[str, Any]) -> Layout:
             module=str(entry["module"]),
             group=int(entry["group"]),
             aliases=tuple(str(alias) for alias in entry["aliases"]),
+            trainable=bool(entry.get("trainable", True)),
             unit_axis=int(entry.get("unit_axis", 0)),
             unit_groups=int(entry.get("unit_groups", 1)),
         )

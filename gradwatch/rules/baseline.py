@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gradwatch.records import Bools, Float64s, Indices
 
-__all__ = ["EARLY", "FAR", "REFRESH", "Band", "Baseline", "median_and_mad"]
+__all__ = ["EARLY", "FAR", "REFRESH", "Band", "Baseline", "band_of", "median_and_mad"]
 
 EARLY = 8
 """Accepted values from which a median means something."""
@@ -54,6 +55,17 @@ class Band:
     floor: float
     warmup: int
     window: int
+
+
+def band_of(config: Any) -> Band:
+    """Of a detector's section that has them all."""
+    return Band(
+        z=config.z,
+        times=config.times,
+        floor=config.floor,
+        warmup=config.warmup,
+        window=config.window,
+    )
 
 
 def median_and_mad(values_LW: Float64s) -> tuple[Float64s, Float64s]:
@@ -82,6 +94,9 @@ class Baseline:
 
         self.wary_bound_L: Float64s
         """The same as if every layer were wary, for a record that is known to be odd."""
+
+        self.low_L: Float64s
+        """As far below the center as `bound_L` is above; -inf while a layer is not settled."""
 
         self.calm_L: Float64s
         """Below it a value counts towards the end of an episode: half way to `bound_L`."""
@@ -193,6 +208,7 @@ class Baseline:
         within_L = np.where(trusted_L, spread_L, far_L)
         self.bound_L = self._above_center(reach_L)
         self.wary_bound_L = self._above_center(far_L)
+        self.low_L = np.where(trusted_L, self.center_L - usual_L, -np.inf)
         self.calm_L = self._above_center(within_L / 2)
         self._cap_L = self._above_center(within_L)
 

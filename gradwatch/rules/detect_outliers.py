@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gradwatch.policy.detectors import Outlier
 from gradwatch.records import Anomaly, Bools, Indices, Level
-from gradwatch.rules.baseline import Baseline
-from gradwatch.rules.detect_config import OutlierConfig
+from gradwatch.rules.baseline import Baseline, band_of
 from gradwatch.rules.detect_reading import LISTED, Reading, named
 from gradwatch.rules.detect_regime import after
 from gradwatch.rules.episodes import Episodes
@@ -41,18 +41,30 @@ class _Track:
     kind: str
     level: Level
     episodes: Episodes
+    watched_L: Bools | None
+    """The layers that are looked at; None for all."""
 
 
 class Outliers:
     """The outlier detectors that share one baseline."""
 
-    def __init__(self, layers: tuple[str, ...], configs: Mapping[str, OutlierConfig]) -> None:
-        """`configs` by kind, all of one band."""
-        (band,) = {config.band for config in configs.values()}
+    def __init__(
+        self,
+        layers: tuple[str, ...],
+        configs: Mapping[str, Outlier],
+        watched: Mapping[str, Bools | None] | None = None,
+    ) -> None:
+        """
+        Args:
+            configs: by kind, all of one band.
+            watched: by kind the layers that are looked at.
+        """
+        watched = watched or {}
+        (band,) = {band_of(config) for config in configs.values()}
         self._layers = layers
         self._baseline = Baseline(len(layers), band)
         self._tracks = [
-            _Track(kind, level, _episodes(len(layers), configs[kind]))
+            _Track(kind, level, _episodes(len(layers), configs[kind]), watched.get(kind))
             for kind, level in LEVELS.items()
             if kind in configs
         ]
@@ -67,8 +79,10 @@ class Outliers:
         calm_L = y_L < baseline.calm_L
         anomalies = []
         for track in self._tracks:
-            episodes = track.episodes
-            begins = episodes.update(reading.record.step, hit_L, calm_L, judged_L)
+            episodes, seen_L = track.episodes, judged_L
+            if track.watched_L is not None:
+                seen_L = judged_L & track.watched_L
+            begins = episodes.update(reading.record.step, hit_L & seen_L, calm_L, seen_L)
             if episodes.any_open:
                 np.subtract(y_L, baseline.center_L, out=self._excess_L, where=reading.judged_L)
             if begins.size:
@@ -166,5 +180,5 @@ class Outliers:
         return tuple(self._layers[i] for i in affected)
 
 
-def _episodes(num_layers: int, config: OutlierConfig) -> Episodes:
+def _episodes(num_layers: int, config: Outlier) -> Episodes:
     return Episodes(num_layers, need=config.need, of=config.of, clear_after=config.of)

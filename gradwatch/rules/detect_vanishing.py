@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from gradwatch.policy.detectors import Vanishing as Config
 from gradwatch.records import Anomaly, Bools, Float64s, Indices, Layout
-from gradwatch.rules.detect_config import VanishingConfig
 from gradwatch.rules.detect_reading import LISTED, Reading, named
 from gradwatch.rules.detect_regime import after
 from gradwatch.rules.episodes import Episodes
@@ -25,7 +25,12 @@ CALM_SHARES = 2.0
 
 
 class Vanishing:
-    def __init__(self, layout: Layout, config: VanishingConfig) -> None:
+    def __init__(self, layout: Layout, config: Config, watched_L: Bools | None = None) -> None:
+        """
+        Args:
+            watched_L: the layers that are looked at; None for all.
+        """
+        self._watched_L = watched_L
         self._layers = layout.layers
         self._config = config
         self._module_of_L = _module_of_layer(layout)
@@ -47,6 +52,8 @@ class Vanishing:
         limit = self._config.share * norms_L[largest]
         low_L = norms_L < limit
         calm_L = norms_L >= CALM_SHARES * limit
+        if self._watched_L is not None:
+            judged_L = judged_L & self._watched_L
         begins = self._episodes.update(reading.record.step, low_L & judged_L, calm_L, judged_L)
         if self._episodes.any_open:
             np.divide(norms_L, norms_L[largest], out=self._share_L, where=judged_L)

@@ -15,36 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradwatch.policy import KINDS, Detect, layers_of
+from gradwatch.policy.detectors import Outlier
 from gradwatch.records import Anomaly, Bools, Layout, StepRecord
-from gradwatch.rules.detect_config import (
-    KINDS,
-    DetectionConfig,
-    ExplodingConfig,
-    NonfiniteConfig,
-    OutlierConfig,
-    OverflowConfig,
-    SpikeConfig,
-    VanishingConfig,
-    detection_config,
-)
+from gradwatch.rules.baseline import band_of
+from gradwatch.rules.detect_kinds import persistent
 from gradwatch.rules.detect_nonfinite import Nonfinite
 from gradwatch.rules.detect_outliers import Outliers
 from gradwatch.rules.detect_reading import Detector, read
 from gradwatch.rules.detect_regime import Change, Regime
 from gradwatch.rules.detect_vanishing import Vanishing
 
-__all__ = [
-    "KINDS",
-    "Detection",
-    "DetectionConfig",
-    "ExplodingConfig",
-    "NonfiniteConfig",
-    "OutlierConfig",
-    "OverflowConfig",
-    "SpikeConfig",
-    "VanishingConfig",
-    "detection_config",
-]
+__all__ = ["KINDS", "Detection"]
 
 STATE_VERSION = 1
 KEPT_CHANGES = 4
@@ -54,9 +36,9 @@ KEPT_CHANGES = 4
 class Detection:
     """The detectors of one run; holds their state, which is updated in place."""
 
-    def __init__(self, layout: Layout, config: DetectionConfig | None = None) -> None:
+    def __init__(self, layout: Layout, config: Detect | None = None) -> None:
         self._layout = self._known_layout = layout
-        self._detectors = _detectors(layout, config or DetectionConfig())
+        self._detectors = _detectors(layout, config or Detect())
         self._regime = Regime()
         self._last_norms_P = np.full(len(layout.parameters), np.nan, dtype=np.float32)
         self._last_step = -1
@@ -140,7 +122,7 @@ class Detection:
         for detector in self._detectors.values():
             detector.restored()
 
-    def reconfigured(self, config: DetectionConfig) -> Detection:
+    def reconfigured(self, config: Detect) -> Detection:
         """The same detection with other parameters: baselines and episodes go on, but for those
         that are kept in another shape now."""
         new = Detection(self._layout, config)
@@ -188,26 +170,29 @@ class Detection:
         return arrays
 
 
-def _detectors(layout: Layout, config: DetectionConfig) -> dict[str, Detector]:
-    """By the kinds they know, joined with +; in the order of `KINDS`."""
+def _detectors(layout: Layout, config: Detect) -> dict[str, Detector]:
+    """By the kinds they know, joined with +; in the order that they see a record."""
     detectors: dict[str, Detector] = {}
-    nonfinite = {kind: getattr(config, kind) for kind in ("nonfinite", "overflow")}
-    if kinds := [kind for kind, found in nonfinite.items() if found is not None]:
-        detectors["+".join(kinds)] = Nonfinite(layout.layers, kinds)
+    nonfinite = [kind for kind in ("nonfinite", "overflow") if config[kind] is not None]
+    if nonfinite:
+        detectors["+".join(nonfinite)] = Nonfinite(layout.layers, nonfinite)
     for outliers in _of_one_band(config):
-        detectors["+".join(outliers)] = Outliers(layout.layers, outliers)
+        watched = {kind: layers_of(found, layout) for kind, found in outliers.items()}
+        detectors["+".join(outliers)] = Outliers(layout.layers, outliers, watched)
     if config.vanishing is not None:
-        detectors["vanishing"] = Vanishing(layout, config.vanishing)
-    return detectors
+        detectors["vanishing"] = Vanishing(
+            layout, config.vanishing, layers_of(config.vanishing, layout)
+        )
+    return detectors | dict(persistent(layout, config))
 
 
-def _of_one_band(config: DetectionConfig) -> list[dict[str, OutlierConfig]]:
+def _of_one_band(config: Detect) -> list[dict[str, Outlier]]:
     """Outlier detectors that can share a baseline, together."""
     wanted = {"exploding": config.exploding, "spike": config.spike}
     configs = {kind: found for kind, found in wanted.items() if found is not None}
-    groups: dict[object, dict[str, OutlierConfig]] = {}
+    groups: dict[object, dict[str, Outlier]] = {}
     for kind, found in configs.items():
-        groups.setdefault(found.band, {})[kind] = found
+        groups.setdefault(band_of(found), {})[kind] = found
     return list(groups.values())
 
 

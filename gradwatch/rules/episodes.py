@@ -45,6 +45,13 @@ class Episodes:
         self._clock: Indices = np.array([0, NEVER], dtype=np.intp)  # records, last report
         self._quiet = True
 
+    def passed_by(self, hit_L: Bools) -> bool:
+        """Takes a record in of which nothing needs to be remembered; False where something does."""
+        if not self._quiet or hit_L.any():
+            return False
+        self._clock[0] += 1
+        return True
+
     def update(self, step: int, hit_L: Bools, calm_L: Bools, judged_L: Bools) -> Indices:
         """Takes one record in.
 

@@ -51,6 +51,7 @@ def watched_parameters(
                 module=type(owners[tensor]).__name__ if tensor in owners else "",
                 group=groups[tensor],
                 aliases=tuple(aliases),
+                trainable=tensor.requires_grad,
                 unit_axis=_unit_axis(owners.get(tensor)) if tensor.ndim > 1 else 0,
                 unit_groups=_unit_groups(owners.get(tensor)) if tensor.ndim > 1 else 1,
             )

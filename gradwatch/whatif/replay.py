@@ -25,7 +25,7 @@ from gradwatch.records import Anomaly, RunInfo, StepRecord
 from gradwatch.rules.arrays import NUMPY
 from gradwatch.rules.chain import Chain
 from gradwatch.rules.clipping import Decision, Limit, Norms, Rule, decide
-from gradwatch.rules.detection import Detection, detection_config
+from gradwatch.rules.detection import Detection
 from gradwatch.rules.guard import OVERFLOW, SkipHistory, judge
 from gradwatch.rules.reading import least
 from gradwatch.whatif.evidence import Evidence, missing_for
@@ -159,7 +159,7 @@ class _Run:
         self._policy = policy
         self._chain = Chain(policy, info.layout, NUMPY)
         self._evidence = Evidence(policy, info, ran)
-        self._detection = Detection(info.layout, detection_config(policy.detect.parameters()))
+        self._detection = Detection(info.layout, policy.detect)
         self._skips = SkipHistory()
         self._planned = 0
 
@@ -174,8 +174,7 @@ class _Run:
             return
         self._policy = policy
         self._chain, _ = self._chain.changed(policy)
-        config = detection_config(policy.detect.parameters())
-        self._detection = self._detection.reconfigured(config)
+        self._detection = self._detection.reconfigured(policy.detect)
 
     def step(self, record: StepRecord) -> tuple[Outcome, list[Difference]]:
         self._note_planned(record.step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gradwatch.policy import load_policy
+from gradwatch.policy import KINDS, load_policy
 from gradwatch.policy.sentences import sentences
 
 
@@ -53,8 +53,13 @@ def test_the_guard_says_when_it_gives_up():
     assert "50 skipped steps within 1000 stop the run." in text
 
 
-def test_detectors_that_are_switched_off_are_not_named():
-    assert "detect: nonfinite, overflow, exploding, vanishing." in said(detect={"spike": "none"})
+def test_detectors_that_are_switched_off_or_stop_the_run_are_named():
+    assert f"detect: all {len(KINDS)} kinds.\n" in said()
+    assert f"detect: all {len(KINDS)} kinds but spike." in said(detect={"spike": "none"})
+    only = {kind: "none" for kind in KINDS if kind != "stuck"}
+    assert "detect: stuck." in said(detect=only)
+    assert "detect: nothing." in said(detect={**only, "stuck": "none"})
+    assert "kinds. exploding stops the run." in said(detect={"exploding": {"then": "stop"}})
 
 
 def test_layers_by_depth_are_explained():

@@ -163,8 +163,8 @@ SECTIONS = {
     "(here 2 of 1). Received: {need: 2}",
     "version: 1\ndetect: {spike: {window: 9}}": "2:10: detect.spike must have warmup <= window "
     "(here 50 and 9). Received: {window: 9}",
-    "version: 1\ndetect: {spike: {then: stop}}": "2:18: detect.spike.then must be record. "
-    "Received: stop",
+    "version: 1\ndetect: {spike: {then: skip}}": "2:18: detect.spike.then must be record, "
+    "warn or stop. Received: skip",
     "version: 1\ndetect: {vanishing: {share: 2}}": "2:22: detect.vanishing.share must be < 1. "
     "Received: 2",
 }

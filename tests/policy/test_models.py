@@ -23,7 +23,6 @@ from gradwatch.policy import (
     load_policy,
     parse_policy,
 )
-from gradwatch.rules.detect_config import DetectionConfig, ExplodingConfig, detection_config
 
 
 def policy(**sections) -> Policy:
@@ -66,17 +65,7 @@ def test_the_detectors_are_on_with_their_published_defaults():
         assert (outlier.warmup, outlier.window) == (50, 128)
     vanishing = detect.vanishing
     assert (vanishing.share, vanishing.need, vanishing.of, vanishing.after) == (1e-5, 20, 25, 20)
-    assert detect.nonfinite.then == "record"
-
-
-def test_detection_takes_the_parameters_as_the_policy_gives_them(full_text):
-    """Each detector has its defaults twice, where they are documented and where they are used."""
-    assert detection_config(policy().detect.parameters()) == DetectionConfig()
-    config = detection_config(parse_policy(full_text).detect.parameters())
-    assert config.spike is None
-    assert config.exploding == ExplodingConfig(
-        z=5.0, times=3.5, need=2, of=4, floor=0.1, warmup=40, window=64
-    )
+    assert (detect.nonfinite.then, detect.spike.then) == ("warn", "record")
 
 
 def test_no_policy_only_observes():

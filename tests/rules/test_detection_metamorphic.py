@@ -9,8 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gradwatch.policy import Detect
 from gradwatch.records import Layout, Parameter
-from gradwatch.rules.detection import Detection, DetectionConfig
+from gradwatch.rules.detection import Detection
 
 STEPS, LAYERS = 500, 6
 NAMES = [f"block.{i}" for i in range(LAYERS)]
@@ -37,6 +38,7 @@ EXPECTED = {
     ("spike", "event", 220),
     ("exploding", "alert", 222),
     ("vanishing", "alert", 339),
+    ("collapsed", "alert", 339),
     ("spike", "event", 450),
 }
 
@@ -152,7 +154,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(run, layers_na
     a_run.play(eventful()[:240])
     state, active = a_run.detection.state_dict(), a_run.detection.active()
     others = Detection(layers_named(NAMES[::-1])).state_dict()
-    fewer = Detection(layers_named(NAMES), DetectionConfig(vanishing=None)).state_dict()
+    fewer = Detection(layers_named(NAMES), Detect(vanishing=None)).state_dict()
     short = {**state, "vanishing.open": np.zeros(2, dtype=bool)}
     for wrong, message in (
         ({}, "must be of version 1. Received: None"),

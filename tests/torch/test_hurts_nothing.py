@@ -358,7 +358,7 @@ def test_ctrl_c_ends_a_script_at_once_and_the_recording_is_whole(tmp_path):
     script.send_signal(signal.SIGINT)
     rest, said = script.communicate(timeout=30)
     assert time.monotonic() - started < 10
-    assert said.rstrip().endswith("KeyboardInterrupt")
+    assert "\nKeyboardInterrupt\n" in said
     last = int(rest.split()[-1]) if rest.split() else 50
     with gradwatch.open_recording(tmp_path) as recording:
         assert len(recording) >= last + 1

@@ -1,0 +1,142 @@
+"""`loss_scale_collapse`, `stuck` and `clip_saturated`: what the run as one shows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwatch.policy.detectors import ClipSaturated as ClipSaturatedConfig
+from gradwatch.policy.detectors import LossScaleCollapse as LossScaleConfig
+from gradwatch.policy.detectors import Stuck as StuckConfig
+from gradwatch.records import Bools, Float64s, Indices
+from gradwatch.rules.detect_reading import Reading
+from gradwatch.rules.persistent import ALL, Judgement
+
+__all__ = ["ClipSaturated", "LossScale", "Repeated"]
+
+
+def _one(value: bool) -> Bools:
+    return np.array([value])
+
+
+class _Plain:
+    """A condition that learns when it judges, and needs no new beginning."""
+
+    def learn(self, reading: Reading, open_S: Bools) -> None:
+        """Everything was taken in when it was judged."""
+
+    def begin_anew(self, *, rescales: bool) -> None:
+        """Nothing to begin."""
+
+    def restored(self) -> None:
+        """Nothing follows from the arrays."""
+
+
+class LossScale(_Plain):
+    """Below 1; or halved, or dropping steps, too often once it was found.
+
+    A scaler begins far too high and halves its scale until a step goes through: that search is
+    healthy however long it takes.
+    """
+
+    def __init__(self, config: LossScaleConfig) -> None:
+        self._config = config
+        self._halved: Float64s = np.zeros(config.window)
+        self._dropped: Float64s = np.zeros(config.window)
+        self._scale: Float64s = np.full(1, math.nan)
+        self._count: Indices = np.zeros(2, dtype=np.intp)  # records, of them since it was found
+        self._why = ""
+
+    def judge(self, reading: Reading) -> Judgement | None:
+        record, config = reading.record, self._config
+        scale, before = record.loss_scale, float(self._scale[0])
+        if not math.isfinite(scale) or scale <= 0:
+            return None
+        dropped = record.skipped in ("overflow", "nonfinite") or not reading.all_finite
+        self._scale[0] = scale
+        found = self._count[1] > 0 or not dropped
+        slot = int(self._count[0]) % config.window
+        halvings = math.log2(before / scale) if before > scale and self._count[1] else 0.0
+        self._halved[slot] = halvings
+        self._dropped[slot] = dropped and found
+        self._count += (1, found)
+        halved, share = float(self._halved.sum()), float(self._dropped.mean())
+        low = scale < config.least
+        often = halved >= config.halvings
+        many = self._count[1] >= config.window and share > config.share
+        self._why = (
+            f"it was halved {halved:.0f} times in {config.window} steps"
+            if often
+            else f"{share:.0%} of the last {config.window} steps were dropped"
+            if many
+            else f"it is below {config.least:g}"
+        )
+        hit, calm = low or often or many, not (low or halved > 1 or share > config.share / 2)
+        return Judgement(_one(hit), _one(calm), ALL, np.array([scale]), np.array([config.least]))
+
+    def said(self, subject: int, value: float, expected: float) -> str:
+        return f"the loss scale is {value:g} and {self._why},"
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        return {
+            "halved": self._halved,
+            "dropped": self._dropped,
+            "scale": self._scale,
+            "count": self._count,
+        }
+
+
+class Repeated(_Plain):
+    """A total norm that is the same to the bit as in the step before."""
+
+    def __init__(self, config: StuckConfig) -> None:
+        self._last: Float64s = np.full(1, math.nan)
+        self._steps = config.steps
+
+    def judge(self, reading: Reading) -> Judgement | None:
+        norm = reading.record.total_norm
+        if not math.isfinite(norm):
+            return None
+        same = norm == self._last[0]
+        self._last[0] = norm
+        return Judgement(_one(same), _one(not same), ALL, np.array([norm]), np.array([norm]))
+
+    def said(self, subject: int, value: float, expected: float) -> str:
+        return f"the total norm is {value:.6g} to the bit in each of {self._steps} steps,"
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        return {"last": self._last}
+
+
+class ClipSaturated(_Plain):
+    """Nearly every one of the last steps was clipped."""
+
+    def __init__(self, config: ClipSaturatedConfig) -> None:
+        self._config = config
+        self._clipped: Bools = np.zeros(config.window, dtype=np.bool_)
+        self._count: Indices = np.zeros(1, dtype=np.intp)
+
+    def judge(self, reading: Reading) -> Judgement | None:
+        record, window = reading.record, self._config.window
+        if record.skipped is not None:
+            return None
+        count = int(self._count[0])
+        self._clipped[count % window] = record.clipped
+        self._count[0] = count + 1
+        if count + 1 < window or not record.limits:
+            return None
+        share = int(self._clipped.sum()) / window
+        hit, calm = share > self._config.share, share < self._config.share - 0.05
+        expected = np.array([self._config.share])
+        return Judgement(_one(hit), _one(calm), ALL, np.array([share]), expected)
+
+    def said(self, subject: int, value: float, expected: float) -> str:
+        return (
+            f"{value:.0%} of the last {self._config.window} steps were clipped: the limit sets the "
+            "length of each step, not the gradient,"
+        )
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        return {"clipped": self._clipped, "count": self._count}

@@ -1,0 +1,64 @@
+"""What a finding leads to in a running loop."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import gradwatch
+
+
+def trained(task, watch, optimizer, steps, gain=1.0, start=0):
+    for step in range(start, start + steps):
+        watch.log(loss=task.gradient(step, gain))
+        optimizer.step()
+    watch.flush()
+
+
+@pytest.fixture
+def begun(task, attach):
+    def begin(detect, **policy):
+        optimizer = torch.optim.SGD(task.model.parameters(), lr=1e-4)
+        return attach(task.model, optimizer, {"version": 1, "detect": detect, **policy}), optimizer
+
+    return begin
+
+
+def test_a_finding_may_stop_the_run_before_its_next_update(task, begun):
+    watch, optimizer = begun({"exploding": {"then": "stop"}})
+    assert watch.enforcing
+    trained(task, watch, optimizer, 80)
+    trained(task, watch, optimizer, 4, gain=1e3, start=80)
+    before = task.parameters()
+    task.gradient(84)
+    said = r"detect\.exploding at step 82: exploding"
+    with pytest.raises(gradwatch.TrainingStopped, match=said) as stop:
+        optimizer.step()
+    assert stop.value.reason == "exploding"
+    assert all(torch.equal(a, b) for a, b in zip(before, task.model.parameters(), strict=True))
+
+
+def test_in_shadow_it_is_said_and_the_run_goes_on(task, begun, caplog):
+    watch, optimizer = begun({"exploding": {"then": "stop"}}, mode="shadow")
+    trained(task, watch, optimizer, 80)
+    trained(task, watch, optimizer, 10, gain=1e3, start=80)
+    assert "the policy would stop the run here (exploding)" in caplog.text
+
+
+@pytest.mark.parametrize(("then", "level"), [("record", "INFO"), ("warn", "WARNING")])
+def test_a_finding_is_logged_where_it_is_to_warn(task, begun, caplog, then, level):
+    watch, optimizer = begun({"exploding": {"then": then}, "spike": "none"})
+    with caplog.at_level(logging.INFO, logger="gradwatch"):
+        trained(task, watch, optimizer, 80)
+        trained(task, watch, optimizer, 4, gain=1e3, start=80)
+    said = [record.levelname for record in caplog.records if "exploding:" in record.message]
+    assert said == [level]
+
+
+def test_a_glob_that_matches_no_layer_is_refused_with_its_line(task, attach, tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("version: 1\ndetect:\n  exploding: {layers: 'heads'}\n")
+    with pytest.raises(gradwatch.PolicyError, match=r":3:15: detect\.exploding\.layers: no layer"):
+        attach(task.model, torch.optim.SGD(task.model.parameters(), lr=0.1), path)
