@@ -22,6 +22,7 @@ from gradwatch.recording.ring import Ring
 from gradwatch.recording.store import Store
 from gradwatch.records import POLICY, Anomaly, StepRecord
 from gradwatch.reloading import Change
+from gradwatch.rules.detect_silence import Silence
 from gradwatch.rules.detection import Detection
 from gradwatch.saying import say
 from gradwatch.tally import Tally
@@ -76,6 +77,7 @@ class Consumer:
         self._ring = ring
         self.detection = detection
         self._detect = detect
+        self._silence = Silence(detect.stuck, time.monotonic())
         self.stop_run: Callable[[], Callable[[Anomaly], None] | None] = lambda: None
         """A reference to what stops the run after a finding; it may be gone."""
 
@@ -191,6 +193,7 @@ class Consumer:
         self._finished.extend(records)
         if records:
             self._guarded("recording", self._stored, records)
+            self._silence.seen(records, time.monotonic())
         elif (overdue := self._overdue()) is not None:
             self._early = self._handled(overdue)
             self._finished.append(self._early)
@@ -201,6 +204,11 @@ class Consumer:
         for record in new:
             for anomaly in record.anomalies:
                 self._announce(anomaly)
+        if not new and (stuck := self._silence.look(time.monotonic())) is not None:
+            self._guarded("export", self._tally.note, stuck)
+            if self._store is not None:
+                self._guarded("recording", self._store.add_anomaly, stuck)
+            self._announce(stuck)
 
     def _overdue(self) -> StepRecord | None:
         """The open record, once, where the next step is long in coming: it may be bad news."""

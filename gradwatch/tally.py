@@ -19,7 +19,7 @@ from typing import get_args
 
 import numpy as np
 
-from gradwatch.records import POLICY, Float32s, Level, RunInfo, StepRecord
+from gradwatch.records import POLICY, Anomaly, Float32s, Level, RunInfo, StepRecord
 
 __all__ = [
     "COMPONENTS",
@@ -127,6 +127,11 @@ class Tally:
         with self._lock:
             self._remember(record)
             self._latest = record
+
+    def note(self, anomaly: Anomaly) -> None:
+        """Counts a finding that came without a record."""
+        with self._lock:
+            _increment(self._labelled["events_total"], anomaly.kind, anomaly.level)
 
     def hook_error(self, component: str) -> None:
         """Counts an error of gradwatch itself, in one of `COMPONENTS`."""

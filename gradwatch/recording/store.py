@@ -12,7 +12,7 @@ from pathlib import Path
 from gradwatch.errors import RecordingError
 from gradwatch.recording.rows import ANOMALY_COLUMNS, COLUMNS, anomaly_row, row_of
 from gradwatch.recording.runinfo import info_to_json
-from gradwatch.records import RunInfo, StepRecord
+from gradwatch.records import Anomaly, RunInfo, StepRecord
 
 __all__ = ["SCHEMA", "SCHEMA_VERSION", "Store", "new_recording_path"]
 
@@ -97,6 +97,17 @@ class Store:
             raise RecordingError(
                 f"{self.path}: {len(records)} steps were not stored ({error})"
             ) from error
+
+    def add_anomaly(self, anomaly: Anomaly) -> None:
+        """Stores a finding that came without a record.
+
+        Raises:
+            RecordingError: it was not stored.
+        """
+        try:
+            self._connection.execute(_INSERT_ANOMALY, anomaly_row(anomaly))
+        except sqlite3.Error as error:
+            raise RecordingError(f"{self.path}: a finding was not stored ({error})") from error
 
     def _forget(self) -> None:
         """Takes the oldest steps away, but those of an anomaly; freed pages are used again."""

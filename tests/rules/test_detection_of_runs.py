@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from gradwatch.policy import KINDS, Detect
-from gradwatch.records import Layout, Parameter
+from gradwatch.policy.detectors import Stuck
+from gradwatch.records import Layout, Parameter, StepRecord
+from gradwatch.rules.detect_silence import Silence
 
 NAN = float("nan")
 
@@ -248,3 +250,40 @@ def test_a_detector_looks_at_the_layers_that_it_is_told(run, healthy):
     ):
         found = {a.kind for a in run(3, config=Detect(exploding=chosen)).play(norms)}
         assert found == kinds
+
+
+class TestSilence:
+    def steps(self, layout, seconds, *, count=10):
+        norms = np.ones(1, dtype=np.float32)
+        return [
+            StepRecord(
+                step=step, time=0.0, layout=layout, total_norm=1.0, total_norm_clipped=1.0,
+                tensor_norms_P=norms, tensor_coefs_P=norms, present_P=norms > 0,
+                duration_seconds=seconds,
+            )
+            for step in range(count)
+        ]  # fmt: skip
+
+    def test_five_minutes_without_a_step_are_a_warning_once(self, layers_named):
+        silence = Silence(Stuck(), 0.0)
+        silence.seen(self.steps(layers_named("a"), 2.0), 100.0)
+        assert silence.look(399.0) is None
+        found = silence.look(401.0)
+        assert (found.kind, found.level, found.step) == ("stuck", "warning", 9)
+        assert found.message == "stuck: no step in 301 s since step 9, where one takes 2 s"
+        assert silence.look(9999.0) is None
+        silence.seen(self.steps(layers_named("a"), 2.0), 10_000.0)
+        assert silence.look(10_400.0) is not None
+
+    def test_a_run_of_slow_steps_is_given_ten_of_them(self, layers_named):
+        silence = Silence(Stuck(), 0.0)
+        silence.seen(self.steps(layers_named("a"), 60.0), 0.0)
+        assert silence.look(599.0) is None
+        assert silence.look(601.0) is not None
+
+    def test_a_hook_that_never_fires_is_told_from_a_run_that_rests(self):
+        silence = Silence(Stuck(seconds=10), 0.0)
+        assert "is step() of the watched optimizer called?" in silence.look(11.0).message
+
+    def test_it_can_be_switched_off(self):
+        assert Silence(None, 0.0).look(1e9) is None

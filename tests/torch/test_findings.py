@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import pytest
 import torch
@@ -62,3 +63,22 @@ def test_a_glob_that_matches_no_layer_is_refused_with_its_line(task, attach, tmp
     path.write_text("version: 1\ndetect:\n  exploding: {layers: 'heads'}\n")
     with pytest.raises(gradwatch.PolicyError, match=r":3:15: detect\.exploding\.layers: no layer"):
         attach(task.model, torch.optim.SGD(task.model.parameters(), lr=0.1), path)
+
+
+def test_a_run_that_makes_no_step_is_said_counted_and_recorded(task, attach, tmp_path, caplog):
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=1e-4)
+    policy = {"version": 1, "detect": {"stuck": {"seconds": 0.3, "times": 1}}}
+    watch = attach(task.model, optimizer, policy, recording=tmp_path)
+    trained(task, watch, optimizer, 3)
+    told = []
+    watch.on_anomaly(told.append)
+    deadline = time.monotonic() + 10
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [anomaly.kind for anomaly in told] == ["stuck"]
+    assert "since step 2, where one takes" in caplog.text
+    events = watch.pipeline.tally.snapshot().labelled["events_total"]
+    assert events["stuck", "warning"] == 1
+    watch.close()
+    with gradwatch.open_recording(tmp_path) as recording:
+        assert [anomaly.kind for anomaly in recording.anomalies()] == ["stuck"]
