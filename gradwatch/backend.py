@@ -99,6 +99,16 @@ class Backend(Protocol):
     def send(self, packed: Vector, what: Any) -> None:
         """Begins to copy a vector to the host; `what` comes back with it."""
 
+    def sample(self, gradients: Any, loss_scale: float) -> None:
+        """Takes a sample of the gradients and the weights before a step."""
+
+    def forget_sample(self) -> None:
+        """The step is not taken."""
+
+    def sampled(self) -> Any | None:
+        """[S, P] by `records.SAMPLES` once the step was taken, a vector of the device or of the
+        host; None where no sample was taken."""
+
     def arrived(self, *, wait: bool) -> Iterable[tuple[Any, Any]]:
         """The vectors that have come to the host since, in order, each with what was sent along."""
 

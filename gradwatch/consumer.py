@@ -20,7 +20,7 @@ from dataclasses import replace
 from gradwatch.policy import Detect, Policy
 from gradwatch.recording.ring import Ring
 from gradwatch.recording.store import Store
-from gradwatch.records import POLICY, Anomaly, StepRecord
+from gradwatch.records import POLICY, SAMPLES, Anomaly, Float32s, StepRecord
 from gradwatch.reloading import Change
 from gradwatch.rules.detect_silence import Silence
 from gradwatch.rules.detection import Detection
@@ -75,6 +75,9 @@ class Consumer:
     ) -> None:
         self.callbacks: list[Callable[[Anomaly], None]] = []
         self._ring = ring
+        self.samples: deque[tuple[int, Float32s]] = deque()
+        """What was sampled, by step; the recorder's."""
+
         self.detection = detection
         self._detect = detect
         self._silence = Silence(detect.stuck, time.monotonic())
@@ -224,8 +227,16 @@ class Consumer:
         return newest[0] if newest and newest[0].step == step else None
 
     def _handled(self, record: StepRecord) -> StepRecord:
-        record = self._diagnosed(record)
+        record = self._diagnosed(self._sampled(record))
         self._guarded("export", self._tally.add, record)
+        return record
+
+    def _sampled(self, record: StepRecord) -> StepRecord:
+        """The record with what was sampled in its step."""
+        while self.samples and self.samples[0][0] <= record.step:
+            step, samples_SP = self.samples.popleft()
+            if step == record.step and record.skipped is None:
+                return replace(record, samples=dict(zip(SAMPLES, samples_SP, strict=True)))
         return record
 
     def _diagnosed(self, record: StepRecord) -> StepRecord:

@@ -39,6 +39,7 @@ from gradwatch.rules.reading import (
     unapplied,
     unpack,
 )
+from gradwatch.samples import Samples
 from gradwatch.saying import say
 
 __all__ = ["Engine"]
@@ -70,6 +71,7 @@ class Engine:
         self._chain = self._new_chain(info.layout)
         self._reason_code = {reason: i for i, reason in enumerate(info.reasons, start=1)}
         self._num_parameters = len(info.layout.parameters)
+        self.samples = Samples(recorder, self._num_parameters, on_error)
         self._skips = SkipHistory()
         self._skipped: str | None = None
         self._stopping: TrainingStopped | None = None
@@ -165,6 +167,7 @@ class Engine:
             if self._backend.reads_host:
                 reading = self._read(gradients, norms, decision, step)
                 verdict = self._judged(step, reading)
+            self.samples.before(self._backend, step, gradients)
             doing = "apply"
             if self._backend.reads_host:
                 self._act(gradients, decision, verdict, context.factor)
@@ -177,7 +180,13 @@ class Engine:
                 reading, verdict = unapplied(reading), Verdict()
         step.overhead_seconds = time.perf_counter() - step.started
         if reading is not None:
+            if verdict.skip or verdict.stop:
+                self.samples.forget(self._backend)
             self._end(step, reading, verdict)
+
+    def stepped(self) -> None:
+        """The optimizer has made its update."""
+        self.samples.stepped(self._backend)
 
     def _note_planned(self, planned: int) -> None:
         """More or fewer micro-batches in a step move the norm: its noise goes with 1/sqrt(B)."""
@@ -198,6 +207,9 @@ class Engine:
             self._on_error("readback")
             return
         for vector, step in arrived:
+            if isinstance(step, int):
+                self.samples.record(step, vector)
+                continue
             try:
                 num_measures = len(self._chain.measures)
                 self._finish(step, unpack(vector, len(step.rules), num_measures))

@@ -57,6 +57,7 @@ class Pipeline:
             report=self.report,
         )
         self.recorder = Recorder(self.ring, self.consumer.wake)
+        self.consumer.samples = self.recorder.samples
         self.reloading: Reloading | None = None
         self._closed = False
         self.consumer.start()

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Mapping
 
 from gradwatch.recording.ring import Ring, Row
-from gradwatch.records import StepRecord
+from gradwatch.records import Float32s, StepRecord
 from gradwatch.saying import say
 
 __all__ = ["Recorder"]
@@ -21,6 +22,9 @@ class Recorder:
 
     def __init__(self, ring: Ring, wake: Callable[[], None]) -> None:
         self.ring = ring
+        self.samples: deque[tuple[int, Float32s]] = deque(maxlen=ring.slots)
+        """By step, until the consumer takes them."""
+
         self._wake = wake
         self._wake_every = max(1, ring.slots // 4)
         self._rows = 0
@@ -75,6 +79,11 @@ class Recorder:
         self._rows += 1
         if self._rows % self._wake_every == 0:
             self._wake()
+
+    def sampled(self, step: int, samples_SP: Float32s) -> None:
+        """What was sampled in a step; its record takes it along when it is handled."""
+        if self._is_ours():
+            self.samples.append((step, samples_SP))
 
     def close_record(self) -> None:
         """Closes the newest record, so that the consumer may have it."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 __all__ = [
     "POLICY",
+    "SAMPLES",
     "Anomaly",
     "Grouping",
     "Layout",
@@ -39,6 +40,16 @@ ROOT = "(root)"
 
 POLICY = "policy"
 """The kind of event that tells of a policy file that was written while the run goes on."""
+
+
+SAMPLES = ("zero_share", "flushed_share", "unchanged_share", "update_norm", "weight_norm")
+"""What is known of each parameter in a step that was sampled:
+
+* zero_share: of the elements of its gradient those that are 0
+* flushed_share: of those that are not, what float16 makes 0 at the present loss scale
+* unchanged_share: of the weights with such an element those that the step left as they were
+* update_norm, weight_norm: L2 norms of what the step has added to its weights, and of these
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +236,9 @@ class StepRecord:
     """[P] what the rules compared beside the L2 norm, by the names of `RunInfo.measures`; 0 where
     there was nothing to measure."""
 
+    samples: Mapping[str, Float32s] = field(default_factory=dict)
+    """[P] by `SAMPLES`, NaN where there is nothing to say; empty in a step that was not sampled."""
+
     micro_batches: int = 1
     weight: float = 1.0
     loss_scale: float = float("nan")
@@ -258,6 +272,20 @@ class StepRecord:
     def grad_norms(self) -> Float32s:
         """[L] L2 norm of each layer's gradient before clipping."""
         return self.layout.layer_norms(self.tensor_norms_P).astype(np.float32)
+
+    @cached_property
+    def update_ratios(self) -> Float32s:
+        """[L] norm of each layer's update over that of its weights, NaN where it is not known;
+        empty in a step that was not sampled."""
+        if not self.samples:
+            return np.empty(0, dtype=np.float32)
+        with np.errstate(all="ignore"):
+            update_L, weight_L = (
+                self.layout.layer_norms(self.samples[name])
+                for name in ("update_norm", "weight_norm")
+            )
+            ratio_L: Float64s = update_L / weight_L
+        return ratio_L.astype(np.float32)
 
     @cached_property
     def coefs(self) -> Float32s:

@@ -89,6 +89,9 @@ class Snapshot:
     """[L] of the last record, empty before the first; as is `coefs`."""
 
     coefs: Float32s
+    update_ratios: Float32s
+    """[L] of the last record that was sampled, empty before it."""
+
     active: Mapping[str, tuple[str, ...]]
     """Kinds with an open ALERT episode, each with its layers, worst first."""
 
@@ -104,6 +107,7 @@ class Tally:
         self._lock = threading.Lock()
         self._state = "running"
         self._latest: StepRecord | None = None
+        self._update_ratios = NOTHING
         self._active: Mapping[str, tuple[str, ...]] = {}
         self._window: deque[tuple[int, float]] = deque()
         self._numbers: dict[str, float] = dict.fromkeys(_COUNTED, 0)
@@ -121,6 +125,8 @@ class Tally:
             self._observe(record)
             self._note_events(record)
             self._latest = record
+            if record.samples:
+                self._update_ratios = record.update_ratios
 
     def amend(self, record: StepRecord) -> None:
         """A record that was counted already, with what was logged since."""
@@ -187,6 +193,7 @@ class Tally:
             labelled = {name: values.copy() for name, values in self._labelled.items()}
             histograms = {name: buckets.frozen() for name, buckets in self._buckets.items()}
             active, state, info = self._active, self._state, self.info
+            ratios = self._update_ratios
         with np.errstate(over="ignore"):
             norms = NOTHING if latest is None else latest.grad_norms
             coefs = NOTHING if latest is None else latest.coefs
@@ -198,6 +205,7 @@ class Tally:
             histograms=histograms,
             grad_norms=norms,
             coefs=coefs,
+            update_ratios=ratios,
             active=active,
         )
 

@@ -22,6 +22,7 @@ RANKS = {
     "tally": 5,
     "recorder": 5,
     "reloading": 5,
+    "samples": 5,
     "consumer": 5,
     "pipeline": 5,
     "progress": 5,

@@ -41,6 +41,7 @@ def layers() -> Row:
         lines=[
             line(12, overview),
             line(10, _largest(), _norm(), _coef(), widths=(10, 7, 7)),
+            line(9, _updates(), _update()),
         ],
     )
 
@@ -77,6 +78,30 @@ def _norm() -> Json:
         "this layer is the total norm: look here first.",
         target('max by (run) (gradwatch_grad_norm{layer="$layer"})', "{{run}} layer"),
         target("max by (run) (gradwatch_total_norm)", "{{run}} total"),
+        unit="none",
+        log=True,
+    )
+
+
+def _updates() -> Json:
+    return heatmap(
+        "Update over weights, by layer",
+        "Decimal logarithm of the norm of each layer's update over the norm of its weights, from a "
+        "sample of its elements in each tenth step. Near -3 is usual; a layer near 0 is rewritten "
+        "by single steps, one below -7 stands still. Choose one run.",
+        target("log10(clamp_min(max by (layer) (gradwatch_update_ratio), 1e-12))", "{{layer}}"),
+        unit="none",
+        cell_unit="none",
+        hide_below=-300,
+    )
+
+
+def _update() -> Json:
+    return timeseries(
+        "Update over weights of $layer",
+        "How far one step moves this layer: the norm of its update over the norm of its weights, "
+        "sampled. Falling with the learning rate is healthy, above 0.3 it forgets what it knew.",
+        target('max by (run) (gradwatch_update_ratio{layer="$layer"})', "{{run}}"),
         unit="none",
         log=True,
     )

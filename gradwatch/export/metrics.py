@@ -64,6 +64,13 @@ _SPECS = (
         ("layer",),
     ),
     MetricSpec(
+        "update_ratio",
+        "gauge",
+        "Norm of one layer's update over that of its weights, in the last step that was sampled: "
+        "each tenth one, or as detect.every says.",
+        ("layer",),
+    ),
+    MetricSpec(
         "clipped_steps_total",
         "counter",
         "Steps in which a rule clipped; in shadow mode, in which it would have.",

@@ -14,6 +14,13 @@ from gradwatch.tally import Histogram, Labels, Snapshot
 
 __all__ = ["MOST_EXTRA_LAYERS", "MOST_LAYERS", "Family", "HistogramFamily", "Series", "clean"]
 
+PER_LAYER = {
+    "grad_norm": "grad_norms",
+    "clip_coef": "coefs",
+    "update_ratio": "update_ratios",
+}
+"""Metrics with a value for each layer, and what they are called in a snapshot."""
+
 MOST_LAYERS = 512
 """Layers that have series of their own, the first ones of the layout: a stable choice."""
 
@@ -65,8 +72,8 @@ class Series:
                 yield Family(spec, (_info_labels(snapshot.info),), [1])
             elif name == "series_dropped":
                 yield Family(spec, ((),), [len(self._layer_labels) - len(labels)])
-            elif name in ("grad_norm", "clip_coef"):
-                values_L = snapshot.grad_norms if name == "grad_norm" else snapshot.coefs
+            elif name in PER_LAYER:
+                values_L = getattr(snapshot, PER_LAYER[name])
                 if labels and values_L.size:
                     yield Family(spec, labels, _chosen(values_L.tolist(), self._most, extra))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -40,6 +41,9 @@ def columns_of(record: StepRecord, *, layers: bool) -> dict[str, Any]:
     if layers:
         norms = zip(record.layers, record.grad_norms.tolist(), strict=True)
         columns |= {f"grad_norm/{layer}": norm for layer, norm in norms}
+        ratios = record.update_ratios.tolist() or [math.nan] * len(record.layers)
+        named = zip(record.layers, ratios, strict=True)
+        columns |= {f"update_ratio/{layer}": ratio for layer, ratio in named}
     return columns
 
 

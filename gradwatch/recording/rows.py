@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gradwatch.records import Anomaly, RunInfo, StepRecord
+from gradwatch.records import SAMPLES, Anomaly, RunInfo, StepRecord
 
 __all__ = ["ANOMALY_COLUMNS", "COLUMNS", "anomaly_from", "anomaly_row", "record_from", "row_of"]
 
@@ -39,6 +39,7 @@ COLUMNS = (
     "absent",
     "measures",
     "noise_scale",
+    "samples",
 )
 ANOMALY_COLUMNS = ("kind", "level", "step", "layer", "layers", "value", "expected", "message")
 
@@ -68,6 +69,7 @@ def row_of(record: StepRecord, rules: tuple[str, ...]) -> tuple[Any, ...]:
         None if record.present_P.all() else np.packbits(~record.present_P).tobytes(),
         _floats("<f4", list(record.measures.values())) if record.measures else None,
         _number(record.noise_scale),
+        _floats("<f4", [record.samples[name] for name in SAMPLES]) if record.samples else None,
     )
 
 
@@ -76,6 +78,7 @@ def record_from(row: Any, info: RunInfo, anomalies: tuple[Anomaly, ...] = ()) ->
     values = dict(zip(COLUMNS, row, strict=True))
     count = len(info.layout.parameters)
     limits, measures = values.pop("limits"), values.pop("measures")
+    samples = values.pop("samples")
     bits, absent, coefs = values.pop("fired"), values.pop("absent"), values.pop("coefs")
     scalars = json.loads(values.pop("scalars") or "{}")
     floats = {
@@ -91,7 +94,8 @@ def record_from(row: Any, info: RunInfo, anomalies: tuple[Anomaly, ...] = ()) ->
         skipped=values["skipped"],
         micro_batches=values["micro_batches"],
         limits=dict(zip(info.rules, np.frombuffer(limits or b"", "<f8").tolist(), strict=True)),
-        measures=_measures(measures, info),
+        measures=_by_name(measures, info.measures),
+        samples=_by_name(samples, SAMPLES),
         scalars={name: float(value) for name, value in scalars.items()},
         tensor_norms_P=np.frombuffer(values["norms"], "<f4"),
         tensor_coefs_P=_all_coefs(coefs, count),
@@ -101,11 +105,11 @@ def record_from(row: Any, info: RunInfo, anomalies: tuple[Anomaly, ...] = ()) ->
     )
 
 
-def _measures(stored: bytes | None, info: RunInfo) -> dict[str, Any]:
+def _by_name(stored: bytes | None, names: tuple[str, ...]) -> dict[str, Any]:
     if stored is None:
         return {}
-    values = np.frombuffer(stored, "<f4").reshape(len(info.measures), -1)
-    return dict(zip(info.measures, values, strict=True))
+    values = np.frombuffer(stored, "<f4").reshape(len(names), -1)
+    return dict(zip(names, values, strict=True))
 
 
 def anomaly_row(anomaly: Anomaly) -> tuple[Any, ...]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 
 from gradwatch.policy import Detect, layers_of
 from gradwatch.policy.detectors import Detector as Config
@@ -10,6 +13,7 @@ from gradwatch.records import Layout, Level
 from gradwatch.rules.detect_loss import Diverging, LossSpike
 from gradwatch.rules.detect_parameters import Collapsed, Unused
 from gradwatch.rules.detect_run import ClipSaturated, LossScale, Repeated
+from gradwatch.rules.detect_sampled import Lost, dead, oversized, stalled, swallowed
 from gradwatch.rules.episodes import Episodes
 from gradwatch.rules.persistent import Condition, Persistent
 
@@ -29,6 +33,7 @@ def persistent(layout: Layout, detect: Detect) -> Iterator[tuple[str, Persistent
         yield _of_run("stuck", "warning", Repeated(stuck), stuck.steps, stuck.steps, 1)
     if (saturated := detect.clip_saturated) is not None:
         yield _of_run("clip_saturated", "event", ClipSaturated(saturated), 1, 1, 1)
+    yield from _sampled(layout, detect)
     num_parameters = len(layout.parameters)
     if (collapsed := detect.collapsed) is not None:
         yield _of_parameters(
@@ -41,6 +46,37 @@ def persistent(layout: Layout, detect: Detect) -> Iterator[tuple[str, Persistent
             "unused", "warning", Unused(layout, unused), layout, unused,
             Episodes(num_parameters, need=unused.steps, of=unused.steps, clear_after=1),
         )  # fmt: skip
+
+
+def _sampled(layout: Layout, detect: Detect) -> Iterator[tuple[str, Persistent]]:
+    wanted: list[tuple[str, Level, Any, Condition]] = []
+    if detect.dead is not None:
+        wanted.append(("dead", "alert", detect.dead, dead(layout, detect.dead)))
+    if (update := detect.stalled_update) is not None:
+        wanted.append(("stalled_update", "alert", update, stalled(update)))
+    if (large := detect.oversized_update) is not None:
+        wanted.append(("oversized_update", "alert", large, oversized(large)))
+    if (underflow := detect.underflow) is not None:
+        wanted.append(("underflow", "warning", underflow, Lost(layout, underflow)))
+    if (update_ := detect.swallowed_update) is not None:
+        wanted.append(("swallowed_update", "warning", update_, swallowed(layout, update_)))
+    for kind, level, config, condition in wanted:
+        episodes = Episodes(
+            len(layout.layers), need=config.need, of=config.of, clear_after=config.of
+        )
+        yield (
+            kind,
+            Persistent(
+                kind,
+                level,
+                condition,
+                episodes,
+                subjects=layout.layers,
+                watched_S=layers_of(config, layout),
+                layer_of_S=np.arange(len(layout.layers)),
+                num_layers=len(layout.layers),
+            ),
+        )
 
 
 def _of_run(

@@ -19,6 +19,7 @@ from gradwatch.torch.gradients import Gradients, clamp, drop, gather, scale, zer
 from gradwatch.torch.measure import Buckets, measure, refined, smallest_trusted
 from gradwatch.torch.plan import ON_HOST, Plan
 from gradwatch.torch.readback import Readback
+from gradwatch.torch.sampling import Sampler
 from gradwatch.torch.units import scale_units, unit_norms
 from gradwatch.torch.updates import update_norms
 
@@ -49,6 +50,7 @@ class TorchBackend:
         self._fused = plan.fused
         self._buckets: dict[tuple[object, ...], Buckets] = {}
         self._one_scale = plan.one_scale
+        self._sampler: Sampler | None = None
         self._readback = readback
         if readback is None and not plan.reads_host:
             self._readback = Readback(self._device)
@@ -131,6 +133,19 @@ class TorchBackend:
         assert self._optimizer is not None
         norms_Q = update_norms(self._optimizer, self._present(gradients), gradients, self._device)
         return norms_Q.numpy() if self.reads_host else norms_Q
+
+    def sample(self, gradients: Gradients, loss_scale: float) -> None:
+        if self._sampler is None:
+            self._sampler = Sampler(self.parameters)
+        self._sampler.before(gradients, loss_scale)
+
+    def forget_sample(self) -> None:
+        if self._sampler is not None:
+            self._sampler.forget()
+
+    def sampled(self) -> Any | None:
+        found = None if self._sampler is None else self._sampler.after()
+        return found.cpu().numpy() if found is not None and self.reads_host else found
 
     def scalar(self, value: float) -> Vector:
         number = torch.tensor(value, dtype=torch.float64, device=self._device)

@@ -17,6 +17,7 @@ from gradwatch.policy import Policy, SampleTarget, check_against
 from gradwatch.policy.locating import policy_error
 from gradwatch.records import Layout, RunInfo
 from gradwatch.rules.chain import measures_of
+from gradwatch.rules.detect_sampled import samples_every
 from gradwatch.saying import say
 from gradwatch.torch.accumulate import MarkedLoop, UnchangedLoop
 from gradwatch.torch.backend import TorchBackend
@@ -96,6 +97,7 @@ class TorchWatch(Watch):
         self._hooks: StepHooks | None = None
         if self._optimizer is not None:
             self._hooks = StepHooks(self._optimizer, self.process, self._disarm)
+            self._engine.samples.every = samples_every(policy.detect)
 
         self._unchanged: UnchangedLoop | None = None
         if for_the_loop and self._optimizer is not None:
@@ -291,6 +293,7 @@ class TorchWatch(Watch):
 
     def _disarm(self) -> None:
         self._backend.disarm()
+        self._engine.stepped()
         self._counter.take()  # a line search goes on evaluating within the step
 
     def _number(self, value: SupportsFloat) -> float:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from gradwatch.records import Anomaly, Layout, Parameter, RunInfo, StepRecord
+from gradwatch.records import SAMPLES, Anomaly, Layout, Parameter, RunInfo, StepRecord
 from gradwatch.rules.detection import KINDS
 from gradwatch.tally import Tally
 
@@ -63,6 +63,7 @@ def busy_tally(layers: list[str] | int = 3, **fields: object) -> Tally:
         "scalars": {"loss": 0.25},
         "overhead_seconds": 1e-4,
         "duration_seconds": 0.02,
+        "samples": {name: np.full(len(layout.parameters), 0.01, np.float32) for name in SAMPLES},
     }
     tally.add(step_of(layout, 0, **whole))
     clip = {"fired": ("global",), "clipped": True, "clip_coef": 0.5, "total_norm_clipped": 1.0}

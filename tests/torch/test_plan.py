@@ -139,12 +139,14 @@ def test_measuring_deciding_and_applying_read_nothing(row):
     engine, backend, failures = engine_on(
         tensors, optimizer, a_policy or load_policy(None), readback
     )
+    engine.samples.every = 1
     for _ in range(3):
         with torch.no_grad():
             engine.step(StepContext())
         backend.disarm()
+        engine.stepped()
     assert failures == []
-    assert len(readback.sent) == 3
+    assert len(readback.sent) == 6  # a decision and a sample each
     assert {vector.device.type for vector in readback.sent} == {"meta"}
     engine.catch_up(wait=True)
     assert [record.step for record in engine._recorder.newest(9)] == [0, 1, 2]
@@ -199,6 +201,7 @@ def test_deciding_unread_does_what_deciding_on_the_host_does(name, clip, lag):
         tensors = parameters("cpu")
         optimizer = FUSED[name](tensors)
         engine, backend, failures = engine_on(tensors, optimizer, a_policy, Injected(lag), plan)
+        engine.samples.every = 2
         for seed, gain in STEPS:
             for parameter, grad in zip(tensors, gradients_of(seed, gain), strict=True):
                 parameter.grad = grad
@@ -206,10 +209,16 @@ def test_deciding_unread_does_what_deciding_on_the_host_does(name, clip, lag):
                 engine.step(StepContext())
             optimizer.step()
             backend.disarm()
+            engine.stepped()
         engine.catch_up(wait=True)
         assert failures == []
-        runs.append((tensors, engine._recorder.newest(99), engine.skipped))
-    (ours, unread_records, _), (theirs, read_records, _) = runs
+        runs.append((tensors, engine._recorder.newest(99), dict(engine._recorder.samples)))
+    (ours, unread_records, samples), (theirs, read_records, expected) = runs
+    assert list(samples) == [0, 2, 4, 6]
+    # Unread a skipped step is sampled too; the consumer drops that sample by its record.
+    assert list(expected) == [step for step in samples if read_records[step].skipped is None]
+    for step, values in expected.items():
+        np.testing.assert_allclose(samples[step], values, rtol=1e-4, atol=1e-7)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert [r.step for r in unread_records] == list(range(len(STEPS)))
@@ -326,12 +335,14 @@ def test_on_a_gpu_nothing_synchronizes(row):
     tensors = parameters("cuda")
     optimizer = FUSED[name](tensors) if name else torch.optim.RMSprop(tensors)
     engine, backend, failures = engine_on(tensors, optimizer, a_policy or load_policy(None), None)
+    engine.samples.every = 1
     for checked in (False, True, True):
         torch.cuda.set_sync_debug_mode("error" if checked else "default")
         try:
             with torch.no_grad():
                 engine.step(StepContext())
             optimizer.step()
+            engine.stepped()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         backend.disarm()
