@@ -46,8 +46,9 @@ SAMPLES = ("zero_share", "flushed_share", "unchanged_share", "update_norm", "wei
 """What is known of each parameter in a step that was sampled:
 
 * zero_share: of the elements of its gradient those that are 0
-* flushed_share: of those that are not, what float16 makes 0 at the present loss scale
-* unchanged_share: of the weights with such an element those that the step left as they were
+* flushed_share: those that are 0 or that float16 makes 0 at the present loss scale: where it was
+  computed in float16 the two cannot be told apart
+* unchanged_share: of the weights whose element is not 0 those that the step left as they were
 * update_norm, weight_norm: L2 norms of what the step has added to its weights, and of these
 """
 

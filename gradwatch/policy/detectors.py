@@ -299,7 +299,8 @@ class Underflow(_Sampled):
     """A layer whose gradient is lost in float16 at the present loss scale."""
 
     share: Fraction = 0.3
-    """Share of its non-zero elements that float16 makes zero, above the usual one of the layer."""
+    """Share of its elements that are zero or too small for float16, above the usual one of the
+    layer."""
 
     warmup: Span = 10
     """Samples that the usual share is taken from."""

@@ -14,6 +14,8 @@ A layer goes through these phases:
 
     blind    fewer than `EARLY` values: nothing is abnormal
     early    fewer than `warmup`: abnormal is `FAR` times the median
+    young    fewer than `window`: `bound` is up to `YOUNG` times as high, since a network that
+             begins to learn leaves the plateau that its first values come from
     settled  `bound` as above
     wary     for `warmup` values after a change that may rescale the norm by itself: abnormal is
              what is beyond `bound` and `FAR` times the median
@@ -41,6 +43,11 @@ EARLY = 8
 FAR = 100.0
 """How many times the median is abnormal while little is known. Healthy runs whose batch shrank
 16-fold went up to 70 times their median."""
+
+YOUNG = 2.1
+"""How many times further up a value must be while the window is not full, but no more than half as
+far again in logarithms. Small healthy networks that left a plateau after some 70 steps went up to
+5.7 times their median."""
 
 REFRESH = 16
 """Records after which median and MAD are taken afresh; sooner while the run is young."""
@@ -104,6 +111,7 @@ class Baseline:
         self._band = band
         self._scale_L: Float64s = np.full(num_layers, band.floor)
         self._settled_L: Bools = np.zeros(num_layers, dtype=np.bool_)
+        self._young_L: Bools = np.zeros(num_layers, dtype=np.bool_)
         self._wary_L: Indices = np.zeros(num_layers, dtype=np.intp)
         self._values_LW: Float64s = np.zeros((num_layers, band.window))
         self._taken_L: Indices = np.zeros(num_layers, dtype=np.intp)
@@ -143,6 +151,9 @@ class Baseline:
             self.center_L[rows] = center
             self._scale_L[rows] = np.maximum(mad, self._band.floor)
         self._settled_L |= held_L >= warmup
+        # What is judged by the window from before a change is judged by a full one.
+        renewed_L = held_L >= warmup
+        self._young_L[renewed_L] = held_L[renewed_L] < self._band.window
         self._set_bounds()
 
     def begin_anew(self, *, wary: bool) -> None:
@@ -165,6 +176,7 @@ class Baseline:
         self.center_L[layers_L] = y_L[layers_L]
         self._scale_L[layers_L] = self._band.floor
         self._settled_L[layers_L] = True
+        self._young_L[layers_L] = False
         self._taken_L[layers_L] = 0
         self._wary_L[layers_L] = self._band.warmup
         self._set_bounds()
@@ -179,6 +191,7 @@ class Baseline:
             "center": self.center_L,
             "scale": self._scale_L,
             "settled": self._settled_L,
+            "young": self._young_L,
             "wary": self._wary_L,
             "values": self._values_LW,
             "taken": self._taken_L,
@@ -202,6 +215,7 @@ class Baseline:
         self._any_wary = bool(wary_L.any())
         spread_L = self._band.z * self._scale_L
         usual_L = np.maximum(spread_L, math.log(self._band.times))
+        usual_L = usual_L + np.where(self._young_L, np.minimum(usual_L / 2, math.log(YOUNG)), 0)
         far_L = np.where(self._settled_L, np.maximum(usual_L, math.log(FAR)), math.log(FAR))
         trusted_L = self._settled_L & ~wary_L
         reach_L = np.where(trusted_L, usual_L, far_L)

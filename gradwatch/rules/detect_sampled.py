@@ -215,8 +215,8 @@ class Lost:
 
     def said(self, subject: int, value: float, expected: float) -> str:
         return (
-            f"float16 makes {value:.0%} of its gradient zero at this loss scale, where "
-            f"{expected:.0%} is usual,"
+            f"{value:.0%} of its gradient is zero or too small for float16 at this loss scale, "
+            f"where {expected:.0%} is usual,"
         )
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:

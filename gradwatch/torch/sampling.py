@@ -119,8 +119,8 @@ class Sampler:
         if self._scale is None:
             flushed_P = torch.full_like(unchanged_P, math.nan)
         else:
-            flushed = there & (self._gradient.abs() * self._scale < FLUSHED)
-            flushed_P = flushed.sum(1) / alive_P
+            kept = self._gradient.abs() * self._scale >= FLUSHED  # false where there is nothing
+            flushed_P = 1 - kept.sum(1) / self._counts_P
         moved_P = torch.linalg.vector_norm(self._after - self._before, dim=1)
         weight_P = torch.linalg.vector_norm(self._before, dim=1)
         found = [

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwatch.rules.baseline import EARLY, FAR, REFRESH, Band, Baseline, median_and_mad
+from gradwatch.rules.baseline import EARLY, FAR, REFRESH, YOUNG, Band, Baseline, median_and_mad
 
 BAND = Band(z=6.0, times=4.0, floor=0.25, warmup=50, window=128)
 
@@ -124,7 +124,17 @@ def test_a_wary_layer_asks_for_a_hundred_times_its_median_for_one_warm_up():
         baseline.accept(np.array([center + 2.0]))
         baseline.end_record()
     assert baseline.center_L[0] == pytest.approx(center + 2.0)
-    assert baseline.bound_L[0] == pytest.approx(center + 2.0 + 6 * BAND.floor)
+    assert baseline.bound_L[0] == pytest.approx(center + 2.0 + 6 * BAND.floor + math.log(YOUNG))
+
+
+def test_while_its_window_is_not_full_a_layer_may_go_twice_as_high():
+    baseline = Baseline(1, BAND)
+    for count in range(1, BAND.window + REFRESH + 1):
+        baseline.accept(np.array([1.0]))
+        baseline.end_record()
+        if count == BAND.window - REFRESH:
+            assert baseline.bound_L[0] == pytest.approx(1.0 + 6 * BAND.floor + math.log(YOUNG))
+    assert baseline.bound_L[0] == pytest.approx(1.0 + 6 * BAND.floor)
 
 
 def test_changes_that_come_faster_than_the_warm_up_do_not_tie_a_layer_to_an_old_baseline():

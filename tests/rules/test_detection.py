@@ -216,8 +216,8 @@ def test_repeated_norms_teach_nothing_once_the_baseline_is_warm(run, healthy):
 
 def test_a_norm_that_never_changes_has_a_baseline_all_the_same(run):
     a_run = run(1)
-    assert a_run.play(np.ones((100, 1))) == []
-    assert seen(a_run.play(np.full((5, 1), 9.0)), "alert") == [("exploding", "alert", 102)]
+    assert a_run.play(np.ones((160, 1))) == []
+    assert seen(a_run.play(np.full((5, 1), 12.0)), "alert") == [("exploding", "alert", 162)]
 
 
 def test_a_zero_norm_is_neither_an_outlier_nor_a_value(run, healthy):

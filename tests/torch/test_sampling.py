@@ -94,8 +94,8 @@ def test_what_float16_would_flush_is_counted_at_the_loss_scale():
     param.grad.fill_(1e-9)
     param.grad[:25] = 1e-3
     param.grad[25:50] = 0.0
-    assert sample(params, lambda: None, 1.0)["flushed_share"] == pytest.approx([2 / 3])
-    assert sample(params, lambda: None, 2.0**16)["flushed_share"] == [0.0]
+    assert sample(params, lambda: None, 1.0)["flushed_share"] == pytest.approx([0.75])
+    assert sample(params, lambda: None, 2.0**16)["flushed_share"] == [0.25]
 
 
 def test_a_gradient_that_is_laid_out_otherwise_is_compared_with_its_own_weights():

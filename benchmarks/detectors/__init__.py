@@ -1,0 +1,1 @@
+"""How often healthy runs are called ill, and faults are found."""
