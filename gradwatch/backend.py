@@ -24,6 +24,7 @@ from gradwatch.rules.clipping import (
     Rule,
     decide,
 )
+from gradwatch.rules.culprit import Clues
 from gradwatch.rules.guard import Verdict
 
 __all__ = ["Backend", "Gradients", "StepContext", "act", "measure_and_decide"]
@@ -108,6 +109,17 @@ class Backend(Protocol):
     def sampled(self) -> Any | None:
         """[S, P] by `records.SAMPLES` once the step was taken, a vector of the device or of the
         host; None where no sample was taken."""
+
+    def seen(self) -> Any:
+        """What was kept of the forward passes of the step that is due; it is forgotten here."""
+
+    def clues(self, seen: Any, *, is_over: bool) -> Clues:
+        """What is known of a step that is not finite.
+
+        Args:
+            seen: of that step.
+            is_over: whether its update was made meanwhile.
+        """
 
     def arrived(self, *, wait: bool) -> Iterable[tuple[Any, Any]]:
         """The vectors that have come to the host since, in order, each with what was sent along."""

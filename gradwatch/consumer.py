@@ -13,14 +13,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from gradwatch.cards import cards_of
 from gradwatch.policy import Detect, Policy
 from gradwatch.recording.ring import Ring
 from gradwatch.recording.store import Store
-from gradwatch.records import POLICY, SAMPLES, Anomaly, Float32s, StepRecord
+from gradwatch.records import POLICY, SAMPLES, Anomaly, Culprit, Float32s, StepRecord
 from gradwatch.reloading import Change
 from gradwatch.rules.detect_silence import Silence
 from gradwatch.rules.detection import Detection
@@ -77,6 +78,18 @@ class Consumer:
         self._ring = ring
         self.samples: deque[tuple[int, Float32s]] = deque()
         """What was sampled, by step; the recorder's."""
+
+        self.culprits: deque[tuple[int, Culprit]] = deque()
+        """What was found before an update, by step; the recorder's."""
+
+        self.order: Callable[[], Sequence[int]] = tuple
+        """Parameters in the order of a backward pass."""
+
+        self.loss_before: Callable[[], bool] = bool
+        """Whether the loss is logged before the step."""
+
+        self.unhealthy = -1
+        """The last step that found an alert open."""
 
         self.detection = detection
         self._detect = detect
@@ -187,12 +200,13 @@ class Consumer:
         if records:
             self._early = None  # closed since, or overwritten
         if early is not None and records and _same(records[0], early):
-            records[0] = replace(records[0], anomalies=early.anomalies)
+            records[0] = replace(records[0], anomalies=early.anomalies, culprit=early.culprit)
             self._guarded("export", self._tally.amend, records[0])
             new = [self._handled(record) for record in records[1:]]
             records[1:] = new
         else:
             records = new = [self._handled(record) for record in records]
+        past = list(self._finished)
         self._finished.extend(records)
         if records:
             self._guarded("recording", self._stored, records)
@@ -201,6 +215,7 @@ class Consumer:
             self._early = self._handled(overdue)
             self._finished.append(self._early)
             new = [self._early]
+        self._guarded("recording", self._write_cards, past, new)
         self._guarded("export", self._tally.set_active, self.detection.active())
         dropped = self._ring.dropped + self.unstored
         self._guarded("export", self._tally.set_records_dropped, dropped)
@@ -212,6 +227,17 @@ class Consumer:
             if self._store is not None:
                 self._guarded("recording", self._store.add_anomaly, stuck)
             self._announce(stuck)
+
+    def _write_cards(self, past: list[StepRecord], new: Sequence[StepRecord]) -> None:
+        for record in new:
+            if record.anomalies and self._store is not None:
+                cards = cards_of(
+                    self._tally.info, record, [one for one in past if one.step < record.step],
+                    self.order, loss_before=self.loss_before(),
+                )  # fmt: skip
+                for card in cards:
+                    self._store.add_card(card)
+            past.append(record)
 
     def _overdue(self) -> StepRecord | None:
         """The open record, once, where the next step is long in coming: it may be bad news."""
@@ -227,8 +253,18 @@ class Consumer:
         return newest[0] if newest and newest[0].step == step else None
 
     def _handled(self, record: StepRecord) -> StepRecord:
-        record = self._diagnosed(self._sampled(record))
+        record = self._diagnosed(self._investigated(self._sampled(record)))
+        if self.detection.active():
+            self.unhealthy = record.step
         self._guarded("export", self._tally.add, record)
+        return record
+
+    def _investigated(self, record: StepRecord) -> StepRecord:
+        """The record with what was found in its step."""
+        while self.culprits and self.culprits[0][0] <= record.step:
+            step, culprit = self.culprits.popleft()
+            if step == record.step:
+                return replace(record, culprit=culprit)
         return record
 
     def _sampled(self, record: StepRecord) -> StepRecord:

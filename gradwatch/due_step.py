@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,12 @@ class DueStep:
     limits: list[float | Limit]
     present: bytes
     rules: tuple[Rule, ...]
+    loss: float | None = None
+    """As it was logged before the step."""
+
+    seen: Any = None
+    """What the backend has kept of its forward passes."""
+
     overhead_seconds: float = 0.0
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from gradwatch.backend import Backend, StepContext, act, measure_and_decide
 from gradwatch.due_step import DueStep, row_of
 from gradwatch.errors import TrainingStopped
+from gradwatch.investigation import Investigation
 from gradwatch.policy import Policy
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Row
@@ -72,6 +73,7 @@ class Engine:
         self._reason_code = {reason: i for i, reason in enumerate(info.reasons, start=1)}
         self._num_parameters = len(info.layout.parameters)
         self.samples = Samples(recorder, self._num_parameters, on_error)
+        self._investigation = Investigation(info, policy.detect, recorder, on_error)
         self._skips = SkipHistory()
         self._skipped: str | None = None
         self._stopping: TrainingStopped | None = None
@@ -153,10 +155,14 @@ class Engine:
         self._note_planned(context.planned)
         for _ in range(context.overflows):
             due = self._due(context)
-            self._finish(due, overflowed(due.limits))
+            dropped = overflowed(due.limits)
+            self._end(due, dropped, self._judged(due, dropped))
         step = self._due(context)
+        step.loss = self._recorder.pending(step.number, "loss")
+        self._recorder.loss_before = step.loss is not None
         doing, reading, verdict = "measure", None, Verdict()
         try:
+            step.seen = self._backend.seen()
             gradients = self._backend.gather(context.factor)
             step.present = gradients.present
             step.rules = self._chain.rules(gradients.present)
@@ -167,6 +173,7 @@ class Engine:
             if self._backend.reads_host:
                 reading = self._read(gradients, norms, decision, step)
                 verdict = self._judged(step, reading)
+                self._investigation.look(self._backend, step, reading, verdict, is_over=False)
             self.samples.before(self._backend, step, gradients)
             doing = "apply"
             if self._backend.reads_host:
@@ -279,7 +286,11 @@ class Engine:
 
     def _finish(self, step: DueStep, reading: Reading) -> None:
         """Judges and ends a step of which the host learns when it is over."""
-        self._end(step, reading, self._judged(step, reading))
+        verdict = self._judged(step, reading)
+        # Its weights are those of now where nothing was updated since.
+        is_over = not (self.enforcing and verdict.skip) or self.num_steps > step.number + 1
+        self._investigation.look(self._backend, step, reading, verdict, is_over=is_over)
+        self._end(step, reading, verdict)
 
     def _judged(self, step: DueStep, reading: Reading) -> Verdict:
         verdict, self._skips = judge(
@@ -293,7 +304,7 @@ class Engine:
         """What was logged for the step before it; says once where a rule misses it."""
         if not self._chain.compares_loss:
             return NO_LOSS
-        loss = self._recorder.pending(step.number, "loss")
+        loss = step.loss
         if loss is None and not self._told_no_loss:
             self._told_no_loss = True
             say(
@@ -325,6 +336,7 @@ class Engine:
             self._recorder.append(self._row(step, reading, verdict))
         except Exception:
             self._on_error("readback")
+        self._investigation.conclude()
         self._last_started = step.started
         if verdict.stop and self.enforcing:
             raise _stopped(step.number, verdict.stop, verdict.skip or "")

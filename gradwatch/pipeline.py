@@ -6,10 +6,12 @@ Recorder -> Ring -> Consumer -> Detection, Tally, Store
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from gradwatch.consumer import Consumer, Reporter
+from gradwatch.errors import TrainingStopped
 from gradwatch.policy import Policy, PolicyFile
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Ring
@@ -19,7 +21,7 @@ from gradwatch.reloading import Reloading
 from gradwatch.rules.detection import KINDS, Detection
 from gradwatch.tally import Tally
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "close_at_exit", "state_after"]
 
 FLUSH_SECONDS = 10.0
 
@@ -56,8 +58,10 @@ class Pipeline:
             store=store,
             report=self.report,
         )
-        self.recorder = Recorder(self.ring, self.consumer.wake)
+        self.recorder = Recorder(self.ring, self.consumer.wake, self.path)
         self.consumer.samples = self.recorder.samples
+        self.consumer.culprits = self.recorder.culprits
+        self.consumer.loss_before = lambda: self.recorder.loss_before
         self.reloading: Reloading | None = None
         self._closed = False
         self.consumer.start()
@@ -123,3 +127,16 @@ class Pipeline:
                 self.report("export")
         if self.consumer.ended and self.consumer.unstored == 0 and self.ring.all_taken:
             self.ring.release()  # all of it is in the store
+
+
+def state_after(error: BaseException | None) -> str:
+    """How a run has ended that an exception, or none, has ended."""
+    if error is None:
+        return "finished"
+    return "stopped" if isinstance(error, TrainingStopped) else "crashed"
+
+
+def close_at_exit(pipeline: Pipeline) -> None:
+    """The interpreter keeps the exception that ended a script in `sys.last_value`."""
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    pipeline.close(state_after(error))

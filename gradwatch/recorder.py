@@ -9,9 +9,11 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from gradwatch.recording.cards import Card, write_card
 from gradwatch.recording.ring import Ring, Row
-from gradwatch.records import Float32s, StepRecord
+from gradwatch.records import Culprit, Float32s, StepRecord
 from gradwatch.saying import say
 
 __all__ = ["Recorder"]
@@ -20,8 +22,19 @@ __all__ = ["Recorder"]
 class Recorder:
     """Puts scalars with the step they belong to, and wakes the consumer when the ring fills."""
 
-    def __init__(self, ring: Ring, wake: Callable[[], None]) -> None:
+    def __init__(self, ring: Ring, wake: Callable[[], None], recording: Path | None = None) -> None:
+        """
+        Args:
+            recording: where cards go; None keeps none.
+        """
         self.ring = ring
+        self._recording = recording
+        self.culprits: deque[tuple[int, Culprit]] = deque(maxlen=ring.slots)
+        """By step, until the consumer takes them; their cards are written."""
+
+        self.loss_before = False
+        """Whether the loss of the newest step was logged before it."""
+
         self.samples: deque[tuple[int, Float32s]] = deque(maxlen=ring.slots)
         """By step, until the consumer takes them."""
 
@@ -84,6 +97,18 @@ class Recorder:
         """What was sampled in a step; its record takes it along when it is handled."""
         if self._is_ours():
             self.samples.append((step, samples_SP))
+
+    def investigated(self, step: int, culprit: Culprit, card: Card) -> None:
+        """What went bad first in a step; back when it is in the recording.
+
+        Raises:
+            sqlite3.Error: the card could not be written.
+        """
+        if not self._is_ours():
+            return
+        self.culprits.append((step, culprit))
+        if self._recording is not None:
+            write_card(self._recording, card)
 
     def close_record(self) -> None:
         """Closes the newest record, so that the consumer may have it."""

@@ -18,9 +18,12 @@ __all__ = [
     "POLICY",
     "SAMPLES",
     "Anomaly",
+    "Culprit",
+    "Evidence",
     "Grouping",
     "Layout",
     "Level",
+    "Origin",
     "Parameter",
     "RunInfo",
     "StepRecord",
@@ -33,6 +36,8 @@ Bools = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.intp]
 
 Level = Literal["event", "warning", "alert"]
+Origin = Literal["input", "weight", "forward", "loss", "gradient"]
+Evidence = Literal["flags", "replay", "live"]
 Grouping = Literal["parameter", "module"] | int
 """How parameters form layers: one each, by owning module, or by the first n parts of its path."""
 
@@ -154,6 +159,33 @@ class Anomaly:
     message: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Culprit:
+    """What went bad first in a step that is not finite, as far as that is known."""
+
+    origin: Origin | None = None
+    """What went bad first; None where it was not determined."""
+
+    module: str | None = None
+    """Path of the module where it began: whose weight it is, whose forward pass has made it from
+    inputs that were fine, or whose gradient is the first bad one in the backward pass. None where
+    no module is meant or it was not determined."""
+
+    near: tuple[str, ...] = ()
+    """Modules between which it began, or that are suspected where none is named."""
+
+    evidence: Evidence = "flags"
+    """Norms and weights of the step; its forward pass run again; or the flags of the pass itself.
+    """
+
+    message: str = ""
+    batch: str = ""
+    """Hash of what the model was called with; empty where that was not kept."""
+
+    same_batch: tuple[int, ...] = ()
+    """Earlier steps that were bad with the same batch."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
     """What stays the same for the whole of one run on one rank."""
@@ -181,9 +213,15 @@ class RunInfo:
     framework: str = ""
     """E.g. `torch 2.13.0`."""
 
+    device: str = ""
+    """That the parameters were on at first, e.g. `cpu`."""
+
     model: str = ""
     version: str = ""
     """Of gradwatch."""
+
+    host: str = ""
+    """The name of the machine, since hardware can be the culprit."""
 
     started: float = 0.0
     """Unix time in seconds."""
@@ -258,6 +296,9 @@ class StepRecord:
     """What `watch.log` was given for this step; `loss` among them."""
 
     anomalies: tuple[Anomaly, ...] = ()
+    culprit: Culprit | None = None
+    """What went bad first, in a step where that was looked for; a recording keeps it on the card of
+    the step."""
 
     @property
     def layers(self) -> tuple[str, ...]:

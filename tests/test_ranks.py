@@ -20,6 +20,8 @@ RANKS = {
     "rules": 3,
     "recording": 4,
     "tally": 5,
+    "cards": 5,
+    "investigation": 5,
     "recorder": 5,
     "reloading": 5,
     "samples": 5,

@@ -8,7 +8,7 @@ A file is read, checked and refused as a whole: every mistake with its line, or 
 from gradwatch.policy.accumulate import Accumulate, SampleTarget
 from gradwatch.policy.changes import number_changes
 from gradwatch.policy.clip import ClipRule
-from gradwatch.policy.detectors import KINDS, Detect
+from gradwatch.policy.detect import KINDS, Culprits, Detect
 from gradwatch.policy.file import PolicyFile
 from gradwatch.policy.forms import Budget, Schedule
 from gradwatch.policy.loading import load_policy, parse_policy
@@ -22,6 +22,7 @@ __all__ = [
     "Accumulate",
     "Budget",
     "ClipRule",
+    "Culprits",
     "Depth",
     "Detect",
     "Guard",

@@ -25,7 +25,7 @@ from pydantic import ValidationInfo as Info
 
 from gradwatch.policy.accumulate import Accumulate
 from gradwatch.policy.clip import ClipRule, default_name
-from gradwatch.policy.detectors import Detect
+from gradwatch.policy.detect import Detect
 from gradwatch.policy.forms import BudgetText
 from gradwatch.policy.locating import Origin
 from gradwatch.policy.values import Count, Section, refuse

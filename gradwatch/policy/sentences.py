@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from gradwatch.policy.accumulate import Accumulate, SampleTarget
 from gradwatch.policy.clip import ClipRule
-from gradwatch.policy.detectors import KINDS
+from gradwatch.policy.detect import KINDS
 from gradwatch.policy.forms import Schedule
 from gradwatch.policy.models import Depth, Guard, Policy
 from gradwatch.policy.statistic import StatisticLimit

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -13,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from gradwatch.errors import RecordingError
+from gradwatch.recording.cards import Card, card_from
 from gradwatch.recording.ring import read_ring
 from gradwatch.recording.rows import ANOMALY_COLUMNS, COLUMNS, anomaly_from, record_from
 from gradwatch.recording.runinfo import info_from_json
 from gradwatch.recording.store import SCHEMA, SCHEMA_VERSION
-from gradwatch.records import Anomaly, RunInfo, StepRecord
+from gradwatch.records import Anomaly, Culprit, RunInfo, StepRecord
 
 if TYPE_CHECKING:
     import pandas
@@ -105,32 +107,43 @@ class Recording:
     def records(self, start: int | None = None, stop: int | None = None) -> Iterator[StepRecord]:
         """The records of steps `start` to `stop` (not included), in the order they were made."""
         low, high = -(2**62) if start is None else start, 2**62 if stop is None else stop
-        anomalies = self._anomalies_by_step()
+        anomalies, culprits = self._anomalies_by_step(), self._culprits()
         # The ring first: what the consumer moves meanwhile is then seen in both, not in neither.
         tail = {_key(record): record for record in self._in_ring() if low <= record.step < high}
         query = f"{self._steps} WHERE step >= ? AND step < ? ORDER BY id"
         for row in self._read(query, low, high):
             tail.pop(row[:2], None)
-            yield record_from(row, self.info, anomalies.get(row[0], ()))
-        yield from tail.values()
+            yield record_from(row, self.info, anomalies.get(row[0], ()), culprits.get(row[0]))
+        for record in tail.values():
+            yield _with_culprit(record, culprits)
 
     def last(self, count: int) -> list[StepRecord]:
         """The newest records, oldest first."""
         tail = self._only_in_ring()[-count:] if count > 0 else []
-        anomalies = self._anomalies_by_step()
+        anomalies, culprits = self._anomalies_by_step(), self._culprits()
         rows = self._read(f"{self._steps} ORDER BY id DESC LIMIT ?", max(0, count - len(tail)))
-        stored = [record_from(row, self.info, anomalies.get(row[0], ())) for row in rows]
-        return [*reversed(stored), *tail]
+        stored = [
+            record_from(row, self.info, anomalies.get(row[0], ()), culprits.get(row[0]))
+            for row in rows
+        ]
+        return [*reversed(stored), *(_with_culprit(record, culprits) for record in tail)]
 
     def anomalies(self) -> list[Anomaly]:
         """Every anomaly, in the order they were found."""
         query = f"SELECT {', '.join(ANOMALY_COLUMNS)} FROM anomalies ORDER BY id"
         return [anomaly_from(row) for row in self._read(query)]
 
+    def cards(self) -> list[Card]:
+        """The card of each warning and alert, in the order of their steps."""
+        if not self._has("cards"):
+            return []
+        rows = self._read("SELECT card FROM cards ORDER BY step, id")
+        return [card_from(text) for (text,) in rows]
+
     def policies(self) -> list[tuple[int, str]]:
         """Those that took the place of the one in `info`, as YAML, each with its first step."""
-        if not self._read("SELECT 1 FROM sqlite_master WHERE name = 'policies'").fetchone():
-            return []  # of an earlier version
+        if not self._has("policies"):
+            return []
         return [(int(step), str(text)) for step, text in self._read("SELECT * FROM policies")]
 
     def series(self, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
@@ -236,11 +249,29 @@ class Recording:
         stored = set(self._read("SELECT step, time FROM steps WHERE step >= ?", first))
         return [record for record in in_ring if _key(record) not in stored]
 
+    def _has(self, table: str) -> bool:
+        """Whether there is a table; a recording of an earlier version has not all of them."""
+        query = "SELECT 1 FROM sqlite_master WHERE name = ?"
+        return self._read(query, table).fetchone() is not None
+
+    def _culprits(self) -> dict[int, Culprit]:
+        """By step, of those that were looked for."""
+        if not self._has("cards"):
+            return {}
+        rows = self._read("SELECT card FROM cards WHERE kind = 'nonfinite'")
+        cards = [card_from(text) for (text,) in rows]
+        return {card.step: card.culprit for card in cards if card.culprit is not None}
+
     def _anomalies_by_step(self) -> dict[int, tuple[Anomaly, ...]]:
         found: dict[int, tuple[Anomaly, ...]] = {}
         for anomaly in self.anomalies():
             found[anomaly.step] = (*found.get(anomaly.step, ()), anomaly)
         return found
+
+
+def _with_culprit(record: StepRecord, culprits: Mapping[int, Culprit]) -> StepRecord:
+    culprit = culprits.get(record.step)
+    return record if culprit is None else replace(record, culprit=culprit)
 
 
 def _key(record: StepRecord) -> tuple[int, float]:

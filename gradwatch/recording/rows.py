@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gradwatch.records import SAMPLES, Anomaly, RunInfo, StepRecord
+from gradwatch.records import SAMPLES, Anomaly, Culprit, RunInfo, StepRecord
 
 __all__ = ["ANOMALY_COLUMNS", "COLUMNS", "anomaly_from", "anomaly_row", "record_from", "row_of"]
 
@@ -73,7 +73,9 @@ def row_of(record: StepRecord, rules: tuple[str, ...]) -> tuple[Any, ...]:
     )
 
 
-def record_from(row: Any, info: RunInfo, anomalies: tuple[Anomaly, ...] = ()) -> StepRecord:
+def record_from(
+    row: Any, info: RunInfo, anomalies: tuple[Anomaly, ...] = (), culprit: Culprit | None = None
+) -> StepRecord:
     """The record of a row with COLUMNS, in that order."""
     values = dict(zip(COLUMNS, row, strict=True))
     count = len(info.layout.parameters)
@@ -81,7 +83,7 @@ def record_from(row: Any, info: RunInfo, anomalies: tuple[Anomaly, ...] = ()) ->
     samples = values.pop("samples")
     bits, absent, coefs = values.pop("fired"), values.pop("absent"), values.pop("coefs")
     scalars = json.loads(values.pop("scalars") or "{}")
-    floats = {
+    floats: dict[str, Any] = {
         name: float(values.pop(name))
         for name in COLUMNS
         if isinstance(values.get(name), (str, float)) and name != "skipped"
@@ -101,6 +103,7 @@ def record_from(row: Any, info: RunInfo, anomalies: tuple[Anomaly, ...] = ()) ->
         tensor_coefs_P=_all_coefs(coefs, count),
         present_P=_present(absent, count),
         anomalies=anomalies,
+        culprit=culprit,
         **floats,
     )
 

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gradwatch.errors import RecordingError
+from gradwatch.recording.cards import CARDS, INSERT_CARD, Card, card_row
 from gradwatch.recording.rows import ANOMALY_COLUMNS, COLUMNS, anomaly_row, row_of
 from gradwatch.recording.runinfo import info_to_json
 from gradwatch.records import Anomaly, RunInfo, StepRecord
 
 __all__ = ["SCHEMA", "SCHEMA_VERSION", "Store", "new_recording_path"]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_BYTES = 2 * 1024**3
 DELETED_AT_ONCE = 20
 """Retention takes away one row of so many when the bound is reached."""
@@ -27,6 +28,7 @@ CREATE TABLE steps (id INTEGER PRIMARY KEY, {", ".join(COLUMNS)});
 CREATE INDEX steps_by_step ON steps (step);
 CREATE TABLE anomalies (id INTEGER PRIMARY KEY, {", ".join(ANOMALY_COLUMNS)});
 CREATE TABLE policies (step INTEGER NOT NULL, policy TEXT NOT NULL);
+CREATE TABLE {CARDS};
 """
 _INSERT = f"INSERT INTO steps ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 _INSERT_ANOMALY = (
@@ -108,6 +110,17 @@ class Store:
             self._connection.execute(_INSERT_ANOMALY, anomaly_row(anomaly))
         except sqlite3.Error as error:
             raise RecordingError(f"{self.path}: a finding was not stored ({error})") from error
+
+    def add_card(self, card: Card) -> None:
+        """Stores the card of a finding.
+
+        Raises:
+            RecordingError: it was not stored.
+        """
+        try:
+            self._connection.execute(INSERT_CARD, card_row(card))
+        except sqlite3.Error as error:
+            raise RecordingError(f"{self.path}: a card was not stored ({error})") from error
 
     def _forget(self) -> None:
         """Takes the oldest steps away, but those of an anomaly; freed pages are used again."""

@@ -19,7 +19,7 @@ from gradwatch.records import Anomaly, Bools, Level, StepRecord
 from gradwatch.rules.detect_reading import LISTED, Reading
 from gradwatch.rules.episodes import Episodes
 
-__all__ = ["CLEAR_AFTER", "Nonfinite"]
+__all__ = ["CLEAR_AFTER", "Nonfinite", "finding_of", "is_overflow"]
 
 CLEAR_AFTER = 5
 """Finite steps in a row that end an episode."""
@@ -44,14 +44,16 @@ class Nonfinite:
         if reading.all_finite and not any(e.any_open for e in self._episodes.values()):
             return []
         hit_T = ~np.append(reading.finite_L, math.isfinite(record.total_norm))
-        level: Level = "event" if _overflowed(record) else "alert"
+        loss = record.scalars.get("loss")
+        overflow = is_overflow(record.skipped, record.loss_scale, loss)
+        level: Level = "event" if overflow else "alert"
         judged_T = np.ones_like(hit_T)
         anomalies = []
         for of_level, episodes in self._episodes.items():
             hit = hit_T if of_level == level else np.zeros_like(hit_T)
             begins = episodes.update(record.step, hit, ~hit_T, judged_T)
             if begins.size:
-                anomalies.append(self._anomaly(level, hit_T, record))
+                anomalies.append(finding_of(record, level))
         return anomalies
 
     def begin_anew(self, *, rescales: bool) -> None:
@@ -76,45 +78,56 @@ class Nonfinite:
         for episodes in self._episodes.values():
             episodes.restored()
 
-    def _anomaly(self, level: Level, hit_T: Bools, record: StepRecord) -> Anomaly:
-        layers = self._names(hit_T)
-        everywhere = len(layers) == len(self._layers) > 1
-        kind = KINDS[level]
-        return Anomaly(
-            kind=kind,
-            level=level,
-            step=record.step,
-            layer=layers[0] if layers and not everywhere else None,
-            layers=layers[:LISTED],
-            value=record.total_norm,
-            message=f"{kind}: {self._what(layers, record)}{_outcome(record)}",
-        )
-
-    def _what(self, layers: tuple[str, ...], record: StepRecord) -> str:
-        if not layers and not record.present_P.any():
-            return "the loss scaler dropped a step whose gradients were not seen"
-        if not layers:
-            return f"the total norm is {record.total_norm} while that of every layer is finite"
-        if len(layers) == len(self._layers) > 1:
-            return f"all {len(layers)} layers hold inf or NaN, gradients cannot name the culprit"
-        return (
-            f"{len(layers)} of {len(self._layers)} layers hold inf or NaN, "
-            f"in order {', '.join(layers[:LISTED])}{', ...' if len(layers) > LISTED else ''}"
-        )
-
     def _names(self, hit_T: Bools) -> tuple[str, ...]:
         return tuple(self._layers[i] for i in np.flatnonzero(hit_T[:-1]))
 
 
-def _overflowed(record: StepRecord) -> bool:
-    """Whether the loss scaler is looking for its scale, and may yet find it."""
-    if (
-        record.skipped not in KINDS.values()
-        or not math.isfinite(record.loss_scale)
-        or record.loss_scale < 1
-    ):
+def finding_of(record: StepRecord, level: Level) -> Anomaly:
+    """What is said of a step that is not finite."""
+    norms_L = record.layout.layer_norms(record.tensor_norms_P)
+    layers = tuple(record.layers[i] for i in np.flatnonzero(~np.isfinite(norms_L)))
+    culprit = record.culprit
+    everywhere = len(layers) == len(record.layers) > 1
+    layer = layers[0] if layers and not everywhere else None
+    if culprit is not None and culprit.module in record.layers:
+        layer = culprit.module
+    where = "" if culprit is None or not culprit.message else f"; {culprit.message}"
+    kind = KINDS[level]
+    return Anomaly(
+        kind=kind,
+        level=level,
+        step=record.step,
+        layer=layer,
+        layers=layers[:LISTED],
+        value=record.total_norm,
+        message=f"{kind}: {_what(layers, record)}{where}{_outcome(record)}",
+    )
+
+
+def is_overflow(skipped: str | None, loss_scale: float, loss: float | None) -> bool:
+    """Whether the loss scaler is looking for its scale, and may yet find it.
+
+    Args:
+        skipped: why the step was dropped, or None.
+        loss: None where it is not known.
+    """
+    if skipped not in KINDS.values() or not math.isfinite(loss_scale) or loss_scale < 1:
         return False
-    return math.isfinite(record.scalars.get("loss", 0.0))
+    return loss is None or math.isfinite(loss)
+
+
+def _what(layers: tuple[str, ...], record: StepRecord) -> str:
+    if not layers and not record.present_P.any():
+        return "the loss scaler dropped a step whose gradients were not seen"
+    if not layers:
+        return f"the total norm is {record.total_norm} while that of every layer is finite"
+    if len(layers) == len(record.layers) > 1:
+        named = "" if record.culprit is not None else ", gradients cannot name the culprit"
+        return f"all {len(layers)} layers hold inf or NaN{named}"
+    some = f"{len(layers)} of {len(record.layers)} layers hold inf or NaN"
+    if record.culprit is not None and record.culprit.module is not None:
+        return some
+    return f"{some}, in order {', '.join(layers[:LISTED])}{', ...' if len(layers) > LISTED else ''}"
 
 
 def _outcome(record: StepRecord) -> str:

@@ -13,10 +13,13 @@ import torch
 from gradwatch.records import Float32s
 from gradwatch.rules.arrays import Arrays, Vector
 from gradwatch.rules.clipping import Rule
+from gradwatch.rules.culprit import Clues
 from gradwatch.torch.arrays import HostArrays, TorchArrays
+from gradwatch.torch.culprit import ClueFinder
 from gradwatch.torch.fused import FusedSwitches
 from gradwatch.torch.gradients import Gradients, clamp, drop, gather, scale, zero_above
 from gradwatch.torch.measure import Buckets, measure, refined, smallest_trusted
+from gradwatch.torch.passes import Seen
 from gradwatch.torch.plan import ON_HOST, Plan
 from gradwatch.torch.readback import Readback
 from gradwatch.torch.sampling import Sampler
@@ -41,6 +44,7 @@ class TorchBackend:
         optimizer: torch.optim.Optimizer | None = None,
         plan: Plan = ON_HOST,
         readback: Readback | None = None,
+        finder: ClueFinder | None = None,
     ) -> None:
         self.reads_host = plan.reads_host
         self.parameters = list(parameters)
@@ -51,6 +55,9 @@ class TorchBackend:
         self._buckets: dict[tuple[object, ...], Buckets] = {}
         self._one_scale = plan.one_scale
         self._sampler: Sampler | None = None
+        self.finder = finder
+        """What looks for the culprit of a step that is not finite; nobody does where it is None."""
+
         self._readback = readback
         if readback is None and not plan.reads_host:
             self._readback = Readback(self._device)
@@ -146,6 +153,12 @@ class TorchBackend:
     def sampled(self) -> Any | None:
         found = None if self._sampler is None else self._sampler.after()
         return found.cpu().numpy() if found is not None and self.reads_host else found
+
+    def seen(self) -> Seen | None:
+        return None if self.finder is None else self.finder.seen()
+
+    def clues(self, seen: Seen | None, *, is_over: bool) -> Clues:
+        return Clues() if self.finder is None else self.finder.clues(seen, is_over=is_over)
 
     def scalar(self, value: float) -> Vector:
         number = torch.tensor(value, dtype=torch.float64, device=self._device)

@@ -9,7 +9,7 @@ import torch
 from gradwatch.errors import AttachError
 from gradwatch.records import Parameter
 
-__all__ = ["watched_parameters"]
+__all__ = ["COMPILED", "watched_parameters"]
 
 ENGINES = ("deepspeed", "megatron", "fairscale")
 """Packages whose modules keep gradients in flat buffers."""

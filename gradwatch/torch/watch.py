@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 import weakref
 from dataclasses import replace
 from typing import Any, SupportsFloat
@@ -21,6 +22,7 @@ from gradwatch.rules.detect_sampled import samples_every
 from gradwatch.saying import say
 from gradwatch.torch.accumulate import MarkedLoop, UnchangedLoop
 from gradwatch.torch.backend import TorchBackend
+from gradwatch.torch.culprit import ClueFinder
 from gradwatch.torch.gradients import drop
 from gradwatch.torch.hooks import BackwardCounter, StepHooks, innermost, refuse_watched
 from gradwatch.torch.layers import watched_parameters
@@ -72,6 +74,8 @@ class TorchWatch(Watch):
             policy=policy.canonical_yaml(),
             policy_sha256=policy.sha256,
             framework=f"torch {torch.__version__}",
+            device=str(tensors[0].device),
+            host=socket.gethostname(),
             model=type(model).__name__,
             version=version,
             started=started,
@@ -86,6 +90,9 @@ class TorchWatch(Watch):
         self.plan = plan_for(policy, layout, self._optimizer, tensors)
         self._backend = TorchBackend(tensors, self._optimizer, self.plan)
         super().__init__(info, policy, self._backend, recording)
+        finder = ClueFinder(model, tensors, policy.detect.culprit, self.pipeline.report)
+        self._backend.finder = finder
+        self.pipeline.consumer.order = lambda: finder.order
         if self.plan.reason:
             say(logging.WARNING, "gradwatch %s", self.plan)
         update = int if self._scaler is None else self._scaler.update
@@ -129,7 +136,8 @@ class TorchWatch(Watch):
         layout = Layout.of(self._described, self._policy.grouping)
         self.plan = plan_for(self._policy, layout, self._optimizer, tensors)
         self._backend.disarm()
-        self._backend = TorchBackend(tensors, self._optimizer, self.plan)
+        finder = self._backend.finder
+        self._backend = TorchBackend(tensors, self._optimizer, self.plan, finder=finder)
         self._counter.extend(tensors)
         self._engine.extend(self._backend, layout)
         loops = (self._first, self._marked_loop, self._unchanged)
@@ -304,6 +312,8 @@ class TorchWatch(Watch):
 
     def _detach(self) -> None:
         self._counter.remove()
+        if self._backend.finder is not None:
+            self._backend.finder.remove()
         self._backend.disarm()
         self._abandon()
         if self._hooks is not None:

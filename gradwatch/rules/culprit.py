@@ -1,0 +1,279 @@
+"""What went bad first in a step that is not finite: from clues to a culprit.
+
+    Clues: weights, forward passes, gradients in backward order, the loss  ->  Culprit
+
+Nothing is guessed: where two explanations remain, no module is named and both are said. Weights
+that are bad before an update, and a module that makes bad outputs of good inputs, are evidence. The
+loss is found by exclusion, and only where it was logged before the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gradwatch.records import Culprit, Evidence
+from gradwatch.rules.culprit_forward import Call, Flag, name_of, of_forward
+
+__all__ = ["Clues", "Forward", "ModuleGradient", "Pass", "modules_of", "of_gradients", "of_step"]
+
+LOSS = "the loss"
+LISTED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass of the model in the step, as it was."""
+
+    inputs: Flag
+    outputs: Flag
+    calls: Sequence[Call] = ()
+    """Of all modules in it; none where they were not looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """What is known of the forward passes of a step."""
+
+    evidence: Evidence
+    passes: Sequence[Pass] = ()
+    """All that were seen, in order."""
+
+    unseen: int = 0
+    """Passes of the step of which nothing was kept."""
+
+    repeated: int | None = None
+    """Index of the pass whose calls are those of its repetition, not its own."""
+
+    unknown: str = ""
+    """Why there is none, or why none was run again, as a clause."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleGradient:
+    """The gradients of one module's own parameters."""
+
+    module: str
+    is_finite: bool
+    bias_only: bool = False
+    """Whether that of its bias is finite although others are not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clues:
+    """What a framework knows of a step that is not finite."""
+
+    bad_weights: Sequence[str] | None = None
+    """Modules that held weights that are not finite before the update; None where that is not
+    known."""
+
+    forward: Forward | None = None
+    """None where nobody looked."""
+
+    order: Sequence[int] = ()
+    """Parameters by their place in the layout, in the order that a backward pass comes to them."""
+
+    batch: str = ""
+    """Hash of what the model was called with last."""
+
+
+def of_step(clues: Clues, gradients: Sequence[ModuleGradient], loss: float | None) -> Culprit:
+    """
+    Args:
+        gradients: of the modules, in backward order.
+        loss: as it was logged before the step, or None.
+    """
+    bad_weights = clues.bad_weights or ()
+    forward = clues.forward
+    if forward is None or not forward.passes:
+        found = _of_weights(bad_weights) or of_gradients(gradients, loss)
+        if found.origin is not None:
+            return found
+        if forward is None:
+            return _with(found, " (detect.culprit: replay would tell more)")
+        return _with(found, f"; the forward pass is not known: {forward.unknown}")
+    in_forward = _of_passes(forward, bad_weights)
+    if in_forward is not None:
+        return replace(in_forward, evidence=forward.evidence)
+    if (in_weights := _of_weights(bad_weights)) is not None:
+        return in_weights  # tanh hides an inf on the way forward, not on the way back
+    found = of_gradients(gradients, loss)
+    if found.origin is not None or not _all_bad(gradients):
+        return found
+    if (first := _minus(forward.passes)) is not None:
+        said = f"; the model puts out -inf, which {first} was the first to hold: masked on "
+        return _with(found, f"{said}purpose, or a logarithm of 0")
+    if forward.unseen:
+        return _with(found, f"; {forward.unseen} forward passes of the step were not kept")
+    return _outside_of_the_model(found, gradients[0].module, loss, forward.evidence)
+
+
+def _minus(passes: Sequence[Pass]) -> str | None:
+    """Who held -inf first, in a pass in which the model puts it out."""
+    for one in passes:
+        if one.outputs is Flag.MINUS:
+            return next((name_of(c.module) for c in one.calls if c.outputs is Flag.MINUS), "it")
+    return None
+
+
+def _all_bad(gradients: Sequence[ModuleGradient]) -> bool:
+    """Whether gradients are bad from the first one of the backward pass on."""
+    if not gradients or gradients[0].bias_only:
+        return False
+    return not any(one.is_finite for one in gradients)
+
+
+def _outside_of_the_model(
+    found: Culprit, first: str, loss: float | None, evidence: Evidence
+) -> Culprit:
+    """Every gradient is bad, and what the model puts out is finite."""
+    if loss is None:
+        return _with(
+            found, "; what the model puts out is finite, so that it is the loss or its gradient"
+        )
+    if math.isfinite(loss):
+        return Culprit(
+            origin="gradient",
+            near=(first, LOSS),
+            evidence=evidence,
+            message=f"the loss is finite ({loss:.4g}), so is what the model puts out, and every "
+            f"gradient is not: the backward pass went bad between the loss and {first}",
+        )
+    return Culprit(
+        origin="loss",
+        evidence=evidence,
+        message=f"the loss is {loss} and what the model puts out is finite: look at the targets "
+        "and the loss function",
+    )
+
+
+def modules_of(
+    parameters: Sequence[str], finite: Sequence[bool], order: Sequence[int]
+) -> tuple[ModuleGradient, ...]:
+    """The gradients of modules in backward order, from those of parameters.
+
+    Args:
+        parameters: names, of all [P].
+        finite: [P] whether the gradient of each is finite.
+        order: places of those parameters whose place in the backward pass is known.
+    """
+    members: dict[str, list[int]] = {}
+    for place in order:
+        members.setdefault(parameters[place].rpartition(".")[0], []).append(place)
+    found = []
+    for module, places in members.items():
+        is_bias = [parameters[i].rpartition(".")[2].startswith("bias") for i in places]
+        biases = [finite[i] for i, bias in zip(places, is_bias, strict=True) if bias]
+        others = [finite[i] for i, bias in zip(places, is_bias, strict=True) if not bias]
+        bias_only = bool(biases) and all(biases) and not all(others)
+        found.append(
+            ModuleGradient(name_of(module), all(finite[i] for i in places), bias_only=bias_only)
+        )
+    return tuple(found)
+
+
+def of_gradients(gradients: Sequence[ModuleGradient], loss: float | None) -> Culprit:
+    """Where along the backward pass gradients went bad, where that can be told from them."""
+    if not gradients:
+        return Culprit(message="not determined: gradients hold NaN or inf, and the order of their "
+                       "backward pass is not known")  # fmt: skip
+    bad = [one.module for one in gradients if not one.is_finite]
+    if not bad:
+        return Culprit(message="not determined: the gradient of every module is finite")
+    first = next(i for i, one in enumerate(gradients) if not one.is_finite)
+    module, behind = gradients[first].module, gradients[first + 1 :]
+    if gradients[first].bias_only:
+        return Culprit(
+            near=(module,),
+            message=f"not determined: the gradient of {module}'s bias is finite and that of its "
+            "weight is not, so that what it was given in the forward pass was not finite, or too "
+            "large for the precision of its gradient",
+        )
+    if len(bad) == 1 and behind:
+        return Culprit(
+            origin="gradient",
+            module=module,
+            near=(module,),
+            message=f"the gradient of {module} holds NaN or inf, and that of no other module",
+        )
+    if any(one.is_finite for one in behind):
+        return Culprit(
+            near=tuple(bad[:LISTED]),
+            message=f"not determined: the gradients of {len(bad)} modules that are not in one row "
+            f"hold NaN or inf, first {module}",
+        )
+    if first > 0:
+        after = gradients[first - 1].module
+        return Culprit(
+            origin="gradient",
+            module=module,
+            near=(module, after),
+            message=f"the backward pass went bad between {after}, whose gradient is finite, and "
+            f"{module}, whose gradient is the first that holds NaN or inf",
+        )
+    if loss is not None and math.isfinite(loss):
+        return Culprit(
+            near=(module, LOSS),
+            message=f"not determined: the loss is finite ({loss:.4g}) and every gradient is not: "
+            f"the backward pass went bad between the loss and {module}, or a forward pass held "
+            "something that the loss masks",
+        )
+    said = "no loss was logged before the step" if loss is None else f"the loss is {loss}"
+    return Culprit(message=f"not determined: every gradient holds NaN or inf, and {said}")
+
+
+def _of_passes(forward: Forward, bad_weights: Sequence[str]) -> Culprit | None:
+    """What the first bad pass says; None where all of them are fine."""
+    count = len(forward.passes) + forward.unseen
+    for number, one in enumerate(forward.passes, start=1):
+        which = f" (forward pass {number} of {count})" if count > 1 else ""
+        if one.inputs is Flag.BAD:
+            said = f"what the model was called with holds NaN or inf{which}"
+            return Culprit(origin="input", message=said)
+        again = number - 1 == forward.repeated
+        found = of_forward(one.calls, bad_weights) if one.calls else None
+        if again and (found is None) != (one.outputs is not Flag.BAD):
+            return _not_repeated(one, found, which)
+        if found is not None:
+            return _with(found, which)
+        if one.outputs is Flag.BAD:
+            found = _of_weights(bad_weights) or Culprit(message="not determined: the model put out "
+                                                        "NaN or inf of finite inputs")  # fmt: skip
+            why = "its batch was not kept" if forward.repeated is not None else forward.unknown
+            return _with(found, f"{which}; {why}" if why else which)
+    return None
+
+
+def _not_repeated(one: Pass, found: Culprit | None, which: str) -> Culprit | None:
+    """A pass and its repetition disagree."""
+    if found is not None and one.calls[-1].outputs is not Flag.BAD:
+        return _with(found, which)  # masked within the model, so that its outputs do not show it
+    was, then = (
+        ("NaN or inf", "finite values") if found is None else ("finite values", "NaN or inf")
+    )
+    return Culprit(
+        message=f"not determined: the model put out {was}, and {then} when run again with the same "
+        f"batch{which}: a fault that does not come again, such as one of the hardware, or a model "
+        "that depends on more than its batch"
+    )
+
+
+def _of_weights(bad_weights: Sequence[str]) -> Culprit | None:
+    """Weights that were bad before the update, where no forward pass tells which was first."""
+    if not bad_weights:
+        return None
+    named = [name_of(module) for module in bad_weights]
+    names = ", ".join(named[:LISTED]) + (", ..." if len(named) > LISTED else "")
+    alone = len(named) == 1
+    return Culprit(
+        origin="weight",
+        module=named[0] if alone else None,
+        near=tuple(named[:LISTED]),
+        message=f"weights of {names} hold NaN or inf before the update"
+        + ("" if alone else f": {len(named)} modules, so that the first is not known"),
+    )
+
+
+def _with(found: Culprit, said: str) -> Culprit:
+    return replace(found, message=found.message + said)

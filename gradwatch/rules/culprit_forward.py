@@ -1,0 +1,126 @@
+"""Where a forward pass went bad: from flags of the calls in it to a culprit.
+
+    Call, Call, ... of one pass  ->  of_forward  ->  input, weight, forward, or None
+
+A module that makes bad outputs of good inputs is evidence; what may be masked on purpose is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from gradwatch.records import Culprit
+
+__all__ = ["Call", "Flag", "flag_of", "name_of", "of_forward", "worst"]
+
+
+class Flag(IntEnum):
+    """What a set of values holds at worst."""
+
+    FINE = 0
+    """Finite values, or an attention mask: nothing but 0 and -inf at its ends."""
+
+    MINUS = 1
+    """-inf beside finite values: the logarithm of 0, or something masked on purpose."""
+
+    BAD = 2
+    """NaN or inf."""
+
+
+def flag_of(low: float, high: float) -> Flag:
+    """From the least and the largest value, both NaN where any is."""
+    if math.isnan(low) or math.isnan(high) or high == math.inf:
+        return Flag.BAD
+    if low == -math.inf and high != 0:
+        return Flag.MINUS
+    return Flag.FINE
+
+
+def worst(flags: Iterable[Flag]) -> Flag:
+    return max(flags, default=Flag.FINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a module. The calls of a pass stand in the order in which they end, so that the
+    last one is that of the whole model."""
+
+    module: str
+    """Its path; empty for the model itself."""
+
+    inputs: Flag
+    outputs: Flag
+    entered: int = 0
+    """Calls that had ended when this one began: those after it are inside of it."""
+
+
+def of_forward(calls: Sequence[Call], bad_weights: Sequence[str] = ()) -> Culprit | None:
+    """The first module that makes bad outputs of good inputs; None where none does.
+
+    Args:
+        calls: of one pass; not empty.
+        bad_weights: modules that hold weights that are not finite.
+    """
+    if calls[-1].inputs is Flag.BAD:
+        return Culprit(origin="input", message="what the model was called with holds NaN or inf")
+    makes_bad = (
+        i for i, c in enumerate(calls) if c.outputs is Flag.BAD and c.inputs is not Flag.BAD
+    )
+    first = next(makes_bad, None)
+    if first is None:
+        return None
+    call = calls[first]
+    name, guilty = name_of(call.module), _owner(call.module, bad_weights)
+    if guilty is not None:
+        how = "and so do its outputs" if guilty == name else f"and so do the outputs of {name}"
+        return Culprit(
+            origin="weight", module=guilty, message=f"weights of {guilty} hold NaN or inf, {how}"
+        )
+    reach = calls[:first] if call.inputs is Flag.MINUS else calls[call.entered : first]
+    earlier = next((c for c in reach if c.outputs is Flag.MINUS), None)
+    if earlier is not None or call.inputs is Flag.MINUS:
+        source = "its inputs" if earlier is None else f"the outputs of {name_of(earlier.module)}"
+        return Culprit(
+            near=(name,) if earlier is None else (name_of(earlier.module), name),
+            message=f"not determined: {name} puts out NaN or inf, and {source} held -inf before: "
+            "something masked, or a logarithm of 0",
+        )
+    near = _inside(calls, first)
+    hidden = "" if calls[-1].outputs is Flag.BAD else "; the model masks it, but not its gradient"
+    return Culprit(
+        origin="forward",
+        module=name,
+        near=near,
+        message=f"the outputs of {name} hold NaN or inf while its inputs are finite"
+        f"{_between(near)}{hidden}",
+    )
+
+
+def name_of(module: str) -> str:
+    return module or "(model)"
+
+
+def _owner(module: str, bad_weights: Sequence[str]) -> str | None:
+    """The one module with bad weights that is this one or a part of it."""
+    if module in bad_weights:
+        return name_of(module)
+    parts = [name for name in bad_weights if not module or name.startswith(f"{module}.")]
+    return parts[0] if len(parts) == 1 else None
+
+
+def _inside(calls: Sequence[Call], index: int) -> tuple[str, ...]:
+    """The parts of a call between which it went bad: the last fine one, and the first that was
+    given something bad."""
+    inner = calls[calls[index].entered : index]
+    bad = next((i for i, call in enumerate(inner) if call.inputs is Flag.BAD), len(inner))
+    around = [call.module for call in (*inner[max(0, bad - 1) : bad], *inner[bad : bad + 1])]
+    return tuple(dict.fromkeys(around))
+
+
+def _between(parts: Sequence[str]) -> str:
+    if not parts:
+        return ""
+    return f", {'between ' if len(parts) > 1 else 'beside '}{' and '.join(parts)}"

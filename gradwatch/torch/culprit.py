@@ -1,0 +1,149 @@
+"""Clues of a step that is not finite, as a torch model has them.
+
+weights, gradients in backward order, forward passes that were kept or are run again  ->  Clues
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gradwatch.policy import Culprits
+from gradwatch.records import Evidence
+from gradwatch.rules.culprit import Clues, Forward, Pass
+from gradwatch.rules.culprit_forward import Call, Flag
+from gradwatch.torch.layers import COMPILED
+from gradwatch.torch.order import BackwardOrder
+from gradwatch.torch.passes import ForwardPasses, Seen, SeenPass
+from gradwatch.torch.replay import calls_of
+from gradwatch.torch.spans import flags_of, spans_of, tensors_in
+from gradwatch.torch.tracing import read
+
+__all__ = ["ClueFinder"]
+
+
+class ClueFinder:
+    """One model's; what it keeps of a step is forgotten when that is over."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        parameters: Sequence[torch.nn.Parameter],
+        how: Culprits,
+        on_error: Callable[[str], None],
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._order = BackwardOrder(() if how == "none" else parameters)
+        self._passes: ForwardPasses | None = None
+        self._evidence: Evidence = "live" if how == "always" else "replay"
+        if how in ("replay", "always"):
+            everywhere = how == "always"
+            self._passes = ForwardPasses(model, everywhere=everywhere, on_error=on_error)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Places of parameters in the order of a backward pass; empty before the first step."""
+        return self._order.places
+
+    def seen(self) -> Seen | None:
+        """What was kept of the step that is due; None where nobody looked."""
+        self._order.take()
+        return None if self._passes is None else self._passes.take()
+
+    def clues(self, seen: Seen | None, *, is_over: bool) -> Clues:
+        """
+        Args:
+            seen: what `seen()` gave in that step.
+            is_over: whether the update was made, so that weights are no longer what they were.
+        """
+        model = self._model()
+        if model is None:
+            return Clues(order=self.order)
+        return Clues(
+            bad_weights=None if is_over else _bad_weights(model),
+            forward=None if seen is None else self._forward(model, seen, is_over),
+            order=self.order,
+            batch="" if seen is None else _fingerprint(seen),
+        )
+
+    def remove(self) -> None:
+        self._order.remove()
+        if self._passes is not None:
+            self._passes.remove()
+
+    def _forward(self, model: torch.nn.Module, seen: Seen, is_over: bool) -> Forward:
+        flags = iter(flags_of([s for one in seen.passes for s in (one.inputs, one.outputs)]))
+        traces = [one.trace for one in seen.passes if one.trace is not None]
+        calls: list[Sequence[Call]] = list(read(traces)) or [()] * len(seen.passes)
+        passes = [Pass(next(flags), next(flags), of_one) for of_one in calls]
+        unknown, again = seen.unknown, None
+        if passes and self._evidence == "replay":
+            again = _to_repeat(seen.passes, passes)
+            unknown = "the update was made before the host knew" if is_over else ""
+            if not unknown and again is not None:
+                repeated, unknown = self._repeated(model, seen.passes[again])
+                passes[again] = Pass(passes[again].inputs, passes[again].outputs, repeated)
+            again = None if unknown else again
+        return Forward(
+            evidence=self._evidence,
+            passes=passes,
+            unseen=seen.unseen,
+            repeated=again,
+            unknown=unknown,
+        )
+
+    def _repeated(self, model: torch.nn.Module, one: SeenPass) -> tuple[Sequence[Call], str]:
+        """The calls of a pass that is run again, or why that was not possible."""
+        assert one.batch is not None
+        assert self._passes is not None
+        if not one.batch.is_unchanged():
+            return (), "its batch was written to since, so that it was not run again"
+        self._passes.off = True
+        try:
+            return calls_of(model, one.batch), ""
+        except Exception as error:
+            return (), f"running it again failed ({type(error).__name__}: {error})"
+        finally:
+            self._passes.off = False
+
+
+def _to_repeat(seen: Sequence[SeenPass], passes: Sequence[Pass]) -> int | None:
+    """The first bad pass whose batch was kept, else the last one."""
+    kept = [i for i, one in enumerate(seen) if one.batch is not None]
+    bad = [i for i in kept if Flag.BAD in (passes[i].inputs, passes[i].outputs)]
+    return next(iter(bad), kept[-1] if kept else None)
+
+
+def _bad_weights(model: torch.nn.Module) -> tuple[str, ...]:
+    """Modules with a parameter that holds NaN or inf, in the order of their names."""
+    named = [(name.replace(COMPILED, ""), p) for name, p in model.named_parameters()]
+    flags = flags_of([spans_of(parameter.detach()) for _, parameter in named])
+    bad = [
+        name.rpartition(".")[0]
+        for (name, _), flag in zip(named, flags, strict=True)
+        if flag is not Flag.FINE
+    ]
+    return tuple(dict.fromkeys(bad))
+
+
+def _fingerprint(seen: Seen) -> str:
+    """Of the batch that was kept, from its values; empty where there is none."""
+    kept = [one.batch for one in seen.passes if one.batch is not None]
+    if not kept:
+        return ""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors_in((kept[0].args, kept[0].kwargs)):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
+    return flat.view(torch.uint8).numpy() if flat.numel() else b""

@@ -1,0 +1,98 @@
+"""A forward pass run once more, with flags of every call in it, and everything as it was behind it.
+
+The step that was due is not taken yet, so the weights are those of the pass. The batch, the random
+states and autocast are put back as they were; buffers, such as the statistics of BatchNorm, are
+restored afterwards, and so are the random states. Forward hooks of the model run again too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from gradwatch.rules.culprit_forward import Call
+from gradwatch.torch.passes import Batch, device_of, inner_model, module_names
+from gradwatch.torch.tracing import Trace, read
+
+__all__ = ["calls_of"]
+
+
+def calls_of(model: torch.nn.Module, batch: Batch) -> Sequence[Call]:
+    """The calls of the pass with this batch, as they are now.
+
+    Raises:
+        Exception: whatever the model raises.
+    """
+    inner, device = inner_model(model), device_of(model)
+    trace = Trace(module_names(model).get)
+    enabled, dtype = batch.autocast
+    kind = "cpu" if device.type == "meta" else device.type
+    with ExitStack() as stack:
+        stack.enter_context(_buffers_kept(inner))
+        stack.enter_context(batch.random.in_force(device))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False))
+        stack.enter_context(_every_module_by_itself())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # what it warns of was said the first time
+        for module in dict.fromkeys(inner.modules()):
+            stack.callback(_remover(module, trace))
+        inner(*batch.args, **batch.kwargs)
+    return read([trace])[0]
+
+
+def _remover(module: torch.nn.Module, trace: Trace) -> Callable[[], None]:
+    """Hooks a module; what takes the hooks off again."""
+
+    def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        trace.enter(module, args, kwargs)
+
+    def leave(module: torch.nn.Module, args: Any, outputs: Any) -> None:
+        trace.leave(module, outputs)
+
+    # Last, so that each sees what the hooks of the model have made of a value.
+    handles = (
+        module.register_forward_pre_hook(enter, with_kwargs=True),
+        module.register_forward_hook(leave),
+    )
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
+@contextmanager
+def _every_module_by_itself() -> Iterator[None]:
+    """Nothing compiled, and no kernel that does the work of several modules."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _buffers_kept(model: torch.nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    owners = {
+        (module, name): buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    }
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (module, name), buffer in owners.items():
+                module._buffers[name] = buffer
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
