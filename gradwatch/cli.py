@@ -23,6 +23,7 @@ from gradwatch.policy.schema import schema_text
 from gradwatch.policy.sentences import sentences
 from gradwatch.progress import shown_recording
 from gradwatch.recording.export import export_recording
+from gradwatch.report.command import report_command
 from gradwatch.whatif.command import advise_command, replay_command
 
 __all__ = ["app", "commands"]
@@ -40,6 +41,7 @@ rules = typer.Typer(help="Prometheus recording and alert rules.")
 commands.command()(demo)
 commands.command("replay")(replay_command)
 commands.command("advise")(advise_command)
+commands.command("report")(report_command)
 commands.add_typer(dashboards, name="dashboards")
 commands.add_typer(rules, name="rules")
 

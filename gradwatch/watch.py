@@ -196,8 +196,8 @@ class Watch:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not stopped: put it in your checkpoint.
 
-        Plain values, lists and NumPy arrays, by the names of rules, layers and parameters. A window
-        of micro-batches that is not finished is not part of it: save between optimizer steps.
+        Plain values, lists and arrays (tensors in torch), by the names of rules, layers and
+        parameters. A window of micro-batches that is not finished is not part of it.
 
         Raises:
             GradwatchError: micro-batches are accumulated at this moment.

@@ -35,6 +35,7 @@ RANKS = {
     "watch": 5,
     "torch": 6,
     "whatif": 6,
+    "report": 6,
     "export": 6,
     "attaching": 7,
     "dashboards": 7,

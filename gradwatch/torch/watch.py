@@ -6,6 +6,7 @@ import logging
 import math
 import socket
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, SupportsFloat
 
@@ -29,6 +30,7 @@ from gradwatch.torch.layers import watched_parameters
 from gradwatch.torch.noise import FirstMicroBatch
 from gradwatch.torch.plan import plan_for
 from gradwatch.torch.scaling import ScalerFollower
+from gradwatch.torch.state import as_arrays, as_tensors
 from gradwatch.torch.updates import has_second_moments
 from gradwatch.watch import Watch
 
@@ -120,6 +122,13 @@ class TorchWatch(Watch):
                             "they are neither watched nor clipped")  # fmt: skip
         if self._is_due():
             super().process()
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = as_tensors(super().state_dict())
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(as_arrays(state))
 
     def _extend(self) -> None:
         """Takes parameters in that were added to the optimizer."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import gradwatch
 
@@ -83,3 +84,19 @@ def test_the_policy_in_the_readme_is_the_one_of_the_examples_and_the_demo():
     policy = (ROOT / "examples/policy.yaml").read_text()
     assert policy in (ROOT / "README.md").read_text()
     assert policy == (ROOT / "gradwatch/demo/policy.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_a_healthy_checkpoint_is_not_overwritten_by_a_bad_one(tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    done = subprocess.run(
+        [sys.executable, "examples/checkpoints.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert "exploding: checkpoints/healthy.pt stays as it is" in done.stdout
+    healthy, latest = (
+        torch.load(tmp_path / "checkpoints" / f"{name}.pt", weights_only=True)
+        for name in ("healthy", "latest")
+    )
+    assert healthy["step"] < 300 < latest["step"]
+    assert all(torch.isfinite(weight).all() for weight in healthy["model"].values())

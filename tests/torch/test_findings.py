@@ -82,3 +82,37 @@ def test_a_run_that_makes_no_step_is_said_counted_and_recorded(task, attach, tmp
     watch.close()
     with gradwatch.open_recording(tmp_path) as recording:
         assert [anomaly.kind for anomaly in recording.anomalies()] == ["stuck"]
+
+
+def test_a_run_is_healthy_since_the_last_alert(task, begun):
+    watch, optimizer = begun({})
+    trained(task, watch, optimizer, 80)
+    assert watch.healthy_since == 0
+    trained(task, watch, optimizer, 4, gain=1e3, start=80)
+    assert watch.healthy_since is None
+    state = watch.state_dict()
+    trained(task, watch, optimizer, 20, start=84)
+    healthy_since = watch.healthy_since
+    assert 84 < healthy_since <= 95
+    records = watch.history(40)
+    assert [r.step for r in records if r.anomalies and r.step >= healthy_since] == []
+    watch.load_state_dict(state)
+    assert watch.healthy_since is None
+
+
+def test_a_step_that_is_not_finite_makes_a_run_unhealthy_at_once(task, begun):
+    watch, optimizer = begun({}, guard={"nonfinite": "skip"})
+    trained(task, watch, optimizer, 5)
+    trained(task, watch, optimizer, 1, gain=float("nan"), start=5)
+    assert watch.healthy_since is None
+    trained(task, watch, optimizer, 10, start=6)
+    assert watch.healthy_since == 10
+
+
+def test_an_event_leaves_a_run_healthy(task, begun):
+    watch, optimizer = begun({})
+    trained(task, watch, optimizer, 80)
+    trained(task, watch, optimizer, 1, gain=1e3, start=80)
+    trained(task, watch, optimizer, 5, start=81)
+    assert "spike" in {a.kind for r in watch.history(10) for a in r.anomalies}
+    assert watch.healthy_since == 0

@@ -1,0 +1,1 @@
+"""Recordings in, words for people out."""

@@ -1,0 +1,93 @@
+"""`gradwatch report`: what a recording has to tell, printed."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradwatch.errors import RecordingError
+from gradwatch.policy import KINDS
+from gradwatch.recording.reader import Recording, open_recording
+from gradwatch.report.card import card_lines, headline, labelled, printable
+
+__all__ = ["report_command"]
+
+WIDTH = 100
+MOST_LISTED = 20
+
+
+def report_command(
+    recording: Annotated[
+        Path,
+        typer.Argument(help="A recording, or a directory of them: its newest.", show_default=False),
+    ],
+    last_anomaly: Annotated[
+        bool, typer.Option("--last-anomaly", help="The whole card of the last warning or alert.")
+    ] = False,
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="N", help="The cards of step N.")
+    ] = None,
+) -> None:
+    """Says what went wrong in a run: which layer, since when, and what was done."""
+    with open_recording(recording) as opened:
+        lines = list(_lines(opened, last_anomaly, step))
+    for line in lines:
+        print(line)
+
+
+def _lines(recording: Recording, last_anomaly: bool, step: int | None) -> Iterator[str]:
+    cards = recording.cards()
+    if step is not None:
+        chosen = [card for card in cards if card.step == step]
+        if not chosen:
+            known = ", ".join(str(card.step) for card in cards[-MOST_LISTED:]) or "none"
+            raise RecordingError(f"{recording.path}: no card of step {step}. There are: {known}")
+    elif last_anomaly:
+        at_last = [card for card in cards if card.step == cards[-1].step]
+        chosen = sorted(at_last, key=lambda card: _urgency(card.kind))[:1]
+        if not chosen:
+            yield f"run {printable(recording.info.run)}: no warning and no alert"
+            return
+    else:
+        yield from _overview(recording)
+        return
+    for number, card in enumerate(chosen):
+        yield from [""] * bool(number)
+        yield from card_lines(card, WIDTH)
+    if len(others := {card.kind for card in cards if card.step == chosen[0].step}) > len(chosen):
+        more = ", ".join(sorted(others - {card.kind for card in chosen}))
+        yield from labelled("also", f"{more} (--step {chosen[0].step})", WIDTH)
+
+
+def _overview(recording: Recording) -> Iterator[str]:
+    cards, info = recording.cards(), recording.info
+    steps = recording.last(1)
+    reached = f"step {steps[-1].step}" if steps else "no step yet"
+    yield f"run {printable(info.run)}, rank {info.rank}: {recording.state}, {reached}, " + (
+        f"{len(recording.layers)} layers"
+    )
+    levels = Counter(anomaly.level for anomaly in recording.anomalies())
+    said = [
+        f"{levels[level]} {level}{'s' * (levels[level] != 1)}"
+        for level in ("alert", "warning", "event")
+    ]
+    yield f"verdict: {'not healthy' if levels['alert'] else 'healthy'} ({', '.join(said)})"
+    if len(cards) > MOST_LISTED:
+        yield f"the last {MOST_LISTED} of {len(cards)} cards:"
+    for card in cards[-MOST_LISTED:]:
+        culprit = "" if card.culprit is None else f": {printable(card.culprit.message, 400)}"
+        yield from textwrap.wrap(
+            f"{headline(card)}{culprit}", WIDTH, initial_indent="  ", subsequent_indent=" " * 6,
+            break_on_hyphens=False,
+        )  # fmt: skip
+    if cards:
+        yield "--last-anomaly prints the whole card, --step N that of another step"
+
+
+def _urgency(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)

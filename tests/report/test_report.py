@@ -1,0 +1,114 @@
+"""`gradwatch report`: what someone on call reads of a run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import gradwatch
+from gradwatch.recording.cards import card_of
+from gradwatch.records import Anomaly, Culprit, Layout, Parameter, RunInfo, StepRecord
+from gradwatch.report.card import card_lines, printable
+from gradwatch.report.command import WIDTH
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """Trains with some faults, and returns the directory of the recording."""
+
+    def record(bad_weight_at=None, gain=None, steps=90):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        policy = {"version": 1, "clip": [{"limit": 1.0}], "detect": {"culprit": "replay"}}
+        with gradwatch.attach(
+            model, optimizer, policy, port=None, recording=tmp_path, run="on-call"
+        ) as watch:
+            for step in range(steps):
+                if step == bad_weight_at:
+                    with torch.no_grad():
+                        model[2].weight[0, 0] = math.nan
+                factor = gain if gain and step >= 80 else 1.0
+                loss = model(torch.randn(16, 4)).square().mean() * factor
+                optimizer.zero_grad()
+                loss.backward()
+                watch.log(loss=loss)
+                optimizer.step()
+                if step == bad_weight_at:
+                    break
+        return tmp_path
+
+    return record
+
+
+def said(capsys, *arguments) -> list[str]:
+    from gradwatch.cli import app
+
+    with pytest.raises(SystemExit) as ended:
+        app(["report", *map(str, arguments)])
+    assert not ended.value.code
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_first_lines_say_what_happened_and_what_to_do(recorded, capsys):
+    lines = said(capsys, recorded(bad_weight_at=85), "--last-anomaly")
+    assert lines[0].startswith("step 85  alert nonfinite in 2, ")
+    assert lines[1] == "began in   the weights of 2"
+    assert lines[2].startswith("done       the step was skipped (nonfinite)")
+    assert lines[3].startswith("to do      go back to the last healthy checkpoint")
+    text = "\n".join(lines)
+    assert "steps 66 to 85" in text
+    assert "layer 0 " in text
+    assert "limits     global 1; mode enforce" in text
+    assert max(map(len, lines)) <= WIDTH
+
+
+def test_an_explosion_is_told_with_what_the_policy_did(recorded, capsys):
+    lines = said(capsys, recorded(gain=1e3), "--last-anomaly")
+    text = "\n".join(lines)
+    assert "alert exploding" in lines[0]
+    assert "the gradient was multiplied by" in text
+    assert "in backward order" in text
+
+
+def test_without_options_every_finding_has_its_line(recorded, capsys):
+    lines = said(capsys, recorded(gain=1e3))
+    assert lines[0] == "run on-call, rank 0: finished, step 89, 2 layers"
+    assert lines[1].startswith("verdict: not healthy (")
+    assert any("step 82  alert exploding" in line for line in lines)
+
+
+def test_a_healthy_run_is_said_to_be_healthy(recorded, capsys):
+    directory = recorded()
+    assert said(capsys, directory)[1].startswith("verdict: healthy (0 alerts, 0 warnings")
+    assert said(capsys, directory, "--last-anomaly") == ["run on-call: no warning and no alert"]
+
+
+def test_another_step_is_found_by_its_number_or_refused(recorded, capsys):
+    from gradwatch.cli import app
+
+    directory = recorded(bad_weight_at=85)
+    assert said(capsys, directory, "--step", 85)[0].startswith("step 85")
+    with pytest.raises(SystemExit) as refused:
+        app(["report", str(directory), "--step", "3"])
+    assert refused.value.code == 2
+    assert "no card of step 3. There are: 85" in capsys.readouterr().err
+
+
+def test_names_from_outside_do_nothing_to_a_terminal():
+    name = "\x1b[31m<script>\n" + "x" * 10_000
+    layout = Layout.of([Parameter(name=f"{name}.weight"), Parameter(name="b.weight")])
+    norms = torch.ones(2).numpy()
+    record = StepRecord(
+        step=3, time=0.0, layout=layout, total_norm=1.0, total_norm_clipped=1.0,
+        tensor_norms_P=norms, tensor_coefs_P=norms, present_P=norms > 0, limits={name: 1.0},
+    )  # fmt: skip
+    info = RunInfo(run=name, layout=layout, rules=(name,), model=name)
+    anomaly = Anomaly(kind="exploding", level="alert", step=3, layer=name, message=name)
+    lines = list(card_lines(card_of(info, anomaly, [record], Culprit(message=name))))
+    assert all(line.isprintable() for line in lines)
+    assert sum(map(len, lines)) < 10_000
+    assert len(printable(name)) == 60
