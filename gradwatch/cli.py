@@ -25,6 +25,7 @@ from gradwatch.progress import shown_recording
 from gradwatch.recording.export import export_recording
 from gradwatch.report.command import report_command
 from gradwatch.whatif.command import advise_command, replay_command
+from gradwatch.whatif.tune_command import tune_command
 
 __all__ = ["app", "commands"]
 
@@ -42,6 +43,7 @@ commands.command()(demo)
 commands.command("replay")(replay_command)
 commands.command("advise")(advise_command)
 commands.command("report")(report_command)
+commands.command("tune")(tune_command)
 commands.add_typer(dashboards, name="dashboards")
 commands.add_typer(rules, name="rules")
 

@@ -29,6 +29,7 @@ from gradwatch import Anomaly
 from gradwatch.policy import KINDS
 from gradwatch.records import Layout, Parameter, StepRecord
 from gradwatch.rules.detection import Detection
+from gradwatch.whatif.rates import upper_bound
 
 MARK = "<!-- written by python -m benchmarks.detectors --write docs/detectors.md -->"
 """Behind it, to its end, a page holds what was measured."""
@@ -86,22 +87,6 @@ def report_healthy(seed: int, rounds: int) -> None:
     alerts = sum(counter["alert"] for counter in found.values())
     print(f"\nAlerts: {alerts} in {count} runs; with 95 % confidence fewer than "
           f"{upper_bound(alerts, count):.1%} of runs.\n")  # fmt: skip
-
-
-def upper_bound(hits: int, runs: int) -> float:
-    """Clopper and Pearson's one-sided 95 % bound of a rate."""
-    low, high = hits / runs, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        under = sum(_binomial(runs, k, middle) for k in range(hits + 1))
-        low, high = (middle, high) if under > 0.05 else (low, middle)
-    return high
-
-
-def _binomial(n: int, k: int, p: float) -> float:
-    from math import comb
-
-    return comb(n, k) * p**k * (1 - p) ** (n - k)
 
 
 def report_traces(folder: Path) -> None:

@@ -47,6 +47,7 @@ class Sampler:
             torch.zeros(count, widest, dtype=dtype, device=self._device) for _ in range(3)
         )
         self._counts = counts
+        self._is_plain = [_is_dense(p) and not p.is_complex() for p in self._parameters]
         self._counts_P = torch.tensor(counts, dtype=dtype, device=self._device).clamp_(min=1)
         sizes_P = torch.tensor(sizes, dtype=dtype, device=self._device)
         self._times_P = (sizes_P / self._counts_P).sqrt()
@@ -83,7 +84,7 @@ class Sampler:
         rows = self._rows[id(self._gradient)]
         torch._foreach_copy_(
             [rows[i] for i, _ in chosen],
-            [self._sample(_as_laid_out(value, self._parameters[i]), i) for i, value in chosen],
+            [self._gradient_sample(value, i) for i, value in chosen],
         )
         torch._foreach_copy_(self._rows[id(self._before)], self._weight_samples())
         self._known_P = self._known(tuple(i for i, _ in chosen))
@@ -142,6 +143,11 @@ class Sampler:
         for i in self._copies:
             self._weights[i] = self._sample(self._parameters[i].detach(), i)
         return self._weights
+
+    def _gradient_sample(self, value: torch.Tensor, i: int) -> torch.Tensor:
+        if self._is_plain[i] and value.stride() == self._parameters[i].stride():
+            return value.as_strided((self._counts[i],), (self._strides[i],))
+        return self._sample(_as_laid_out(value, self._parameters[i]), i)
 
     def _sample(self, tensor: torch.Tensor, i: int) -> torch.Tensor:
         plain = tensor.resolve_conj().resolve_neg()

@@ -1,0 +1,28 @@
+"""How often something happens, from few trials: bounds that hold with 95 % confidence."""
+
+from __future__ import annotations
+
+from math import comb, log
+
+__all__ = ["upper_bound", "upper_rate"]
+
+DOUBT = 0.05
+
+
+def upper_bound(hits: int, trials: int) -> float:
+    """Clopper and Pearson's one-sided bound of a probability; 1 without a trial."""
+    if hits >= trials:
+        return 1.0
+    low, high = hits / trials, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        under = sum(
+            comb(trials, k) * middle**k * (1 - middle) ** (trials - k) for k in range(hits + 1)
+        )
+        low, high = (middle, high) if under > DOUBT else (low, middle)
+    return high
+
+
+def upper_rate(steps: int) -> float:
+    """Of something that did not happen in so many steps, per step: 3 over their number."""
+    return -log(DOUBT) / steps if steps else float("inf")
