@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ def attach(
     discovery: str | os.PathLike[str] | None = None,
     linger: float = LINGER_SECONDS,
     scaler: Any = None,
+    distributed: bool | None = None,
+    shard_keys: Mapping[str, Hashable] | None = None,
 ) -> Watch:
     """Watches the gradients of `model` from the next `optimizer.step()` on.
 
@@ -52,6 +54,11 @@ def attach(
             where it was scraped before.
         scaler: the `torch.amp.GradScaler` of the loop. Without it the steps that it drops are seen
             with a fused optimizer only.
+        distributed: False watches this process by itself; by default all processes of
+            torch.distributed are watched together, and each of them has to attach.
+        shard_keys: by glob on names, which piece this process has of parameters that are called
+            alike on several processes and are different ones, such as the experts of a mixture:
+            `{"*.experts.*": expert_rank}`.
 
     Raises:
         PolicyError: the policy is wrong or does not fit the model.
@@ -70,8 +77,10 @@ def attach(
         started=started,
         pid=os.getpid(),
         scaler=scaler,
+        distributed=distributed,
+        shard_keys=shard_keys,
     )
-    if file is not None:
+    if file is not None and watch.follows_its_policy:
         watch.pipeline.follow(file)
     if port is not None:
         _serve(watch, host, port, discovery, linger)

@@ -27,14 +27,27 @@ from gradwatch.rules.clipping import (
 from gradwatch.rules.culprit import Clues
 from gradwatch.rules.guard import Verdict
 
-__all__ = ["Backend", "Gradients", "StepContext", "act", "measure_and_decide"]
+__all__ = [
+    "Agreed",
+    "Backend",
+    "Gradients",
+    "RanksFailed",
+    "RanksMissing",
+    "StepContext",
+    "Word",
+    "act",
+    "measure_and_decide",
+]
 
 
 class Gradients(Protocol):
     """The gradients of one step, as a backend hands them round."""
 
-    present: bytes
-    """[P] 1 where the parameter has a gradient."""
+    decided: bytes
+    """[P] 1 where the decision is over the parameter; every one where several processes decide."""
+
+    factor: float
+    """What the optimizer is due to see is so many times the gradient."""
 
     loss_scale: Any
     """What the gradients are still multiplied by: 0-d, or None where they are not."""
@@ -43,10 +56,53 @@ class Gradients(Protocol):
     """Whether a loss scaler will drop the step: 0-d, not 0 where it will; None without one."""
 
 
+class RanksFailed(Exception):
+    """Another process could not decide, so that none does."""
+
+
+class RanksMissing(Exception):
+    """The processes cannot agree any more: one has died, or came too late."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Word:
+    """What a process tells the others in a step, beside its norms."""
+
+    failed: bool = False
+    """It could not apply the last decision."""
+
+    stopping: bool = False
+    """A finding of its own is to stop the run."""
+
+    weight: float = 1.0
+    """Of its micro-batches together."""
+
+    planned: float = 1.0
+    """The weight that their losses were divided by."""
+
+    loss: float = NO_LOSS
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all processes know of a step."""
+
+    gradients: Any
+    norms: dict[float | str, Vector]
+    stopping: bool = False
+    """Whether a finding of any of them is to stop the run."""
+
+
+SILENT = Word()
+
+
 class Backend(Protocol):
     """What a framework does with gradients. Q of the P watched parameters have one."""
 
     xp: Arrays
+
+    agrees: bool
+    """Whether several processes decide together."""
 
     reads_host: bool
     """Whether decisions are read before they are applied."""
@@ -66,6 +122,21 @@ class Backend(Protocol):
 
     def measure_updates(self, gradients: Any) -> Vector:
         """[Q] L2 norm of each update that the optimizer is about to make, per learning rate."""
+
+    def agree(self, gradients: Any, norms: dict[float | str, Vector], word: Word) -> Agreed:
+        """The norms of all processes that train together; of one process alone what was given.
+
+        Raises:
+            RanksFailed: another process has failed.
+            RanksMissing: there is no agreement.
+        """
+
+    def abandon(self, num_keys: int) -> None:
+        """The step is not decided here, for which the others must not wait.
+
+        Args:
+            num_keys: kinds of norms that they send.
+        """
 
     def touch(
         self, gradients: Any, rule: Rule, values: Vector, over: Vector, apply: bool
@@ -161,34 +232,38 @@ def measure_and_decide(
     guard: Guard,
     *,
     apply: bool,
-    loss: float = NO_LOSS,
-) -> tuple[Norms, Decision]:
+    word: Word = SILENT,
+) -> tuple[Agreed, Decision]:
     """The raw norms, and what the chain says of them.
 
     Args:
         apply: whether rules per unit and element act on the data.
-        loss: what was logged for the step.
+        word: what goes with the norms, the loss of the step among it.
     """
     norms = _gradient_norms(backend, gradients, chain, rules)
-    if chain.compares_loss:
-        norms[LOSS] = backend.scalar(loss)
     if chain.compares_updates:
         norms[UPDATE] = backend.measure_updates(gradients)
     for rule in rules:
         if rule.floor and rule.weight_key not in norms:
             norms[rule.weight_key] = backend.measure_weights(gradients, rule)
-    now, current = norms, gradients
+    if chain.compares_loss:
+        norms[LOSS] = backend.scalar(word.loss)
+    agreed = backend.agree(gradients, norms, word)
+    norms = now = agreed.norms
+    current = agreed.gradients
 
     def touch(rule: Rule, values: Vector, over: Vector) -> Norms:
         nonlocal now, current
         touched = backend.touch(current, rule, values, over, apply)
         if touched is not None:
             current = touched
-            now = norms | _gradient_norms(backend, current, chain, rules)
+            anew = _gradient_norms(backend, current, chain, rules)
+            now = norms | backend.agree(current, anew, SILENT).norms
         return now
 
     zero = guard.nonfinite == "zero"
-    return norms, decide(rules, norms, limits, backend.xp, zero_nonfinite=zero, touch=touch)
+    decision = decide(rules, norms, limits, backend.xp, zero_nonfinite=zero, touch=touch)
+    return agreed, decision
 
 
 def _gradient_norms(
@@ -201,11 +276,9 @@ def _gradient_norms(
     return norms
 
 
-def act(
-    backend: Backend, gradients: Any, decision: Decision, verdict: Verdict, factor: float = 1.0
-) -> None:
+def act(backend: Backend, gradients: Any, decision: Decision, verdict: Verdict) -> None:
     """Drops the gradients, scales them, or leaves them alone."""
     if verdict.skip:
         backend.drop(gradients)
-    elif factor != 1.0 or backend.host(decision.coefs_P).min(initial=1.0) < 1.0:
+    elif gradients.factor != 1.0 or backend.host(decision.coefs_P).min(initial=1.0) < 1.0:
         backend.scale(gradients, decision.coefs_P)

@@ -15,20 +15,28 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from gradwatch.backend import Backend, StepContext, act, measure_and_decide
+from gradwatch.backend import (
+    Backend,
+    RanksMissing,
+    StepContext,
+    Word,
+    act,
+    measure_and_decide,
+)
 from gradwatch.due_step import DueStep, row_of
-from gradwatch.errors import TrainingStopped
+from gradwatch.errors import TrainingStopped, stopped_before
 from gradwatch.investigation import Investigation
 from gradwatch.policy import Policy
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Row
 from gradwatch.records import Anomaly, Layout, RunInfo
+from gradwatch.rule_notes import RuleNotes, say_anew
 from gradwatch.rules.arrays import NUMPY
 from gradwatch.rules.chain import Chain
-from gradwatch.rules.clipping import NO_LOSS, Decision, Norms
+from gradwatch.rules.clipping import Decision, Norms
 from gradwatch.rules.guard import OVERFLOW, SkipHistory, Verdict, judge
 from gradwatch.rules.noise import NoiseScale
 from gradwatch.rules.reading import (
@@ -45,6 +53,7 @@ from gradwatch.saying import say
 
 __all__ = ["Engine"]
 
+OTHERS = "a finding of another rank ends the run"
 TOLERATED_FAILURES = 3
 """Failures of our own in a row after which `guard.on_error` applies."""
 
@@ -78,8 +87,8 @@ class Engine:
         self._skipped: str | None = None
         self._stopping: TrainingStopped | None = None
         self._failures_in_a_row = 0
-        self._warning: set[str] = set()
-        self._told_no_loss = False
+        self._could_not_apply = False
+        self._notes = RuleNotes()
         self._noise = NoiseScale()
         self._planned = 0
         self._last_started = math.nan
@@ -98,14 +107,14 @@ class Engine:
             say(logging.WARNING, "the policy would stop the run here (%s)", anomaly.kind)
         elif self._stopping is None:
             why = f"detect.{anomaly.kind} at step {anomaly.step}: {anomaly.message}"
-            self._stopping = _stopped(self.num_steps, why, anomaly.kind)
+            self._stopping = stopped_before(self.num_steps, why, anomaly.kind)
 
     def change(self, policy: Policy) -> None:
         """Goes on under a policy of the same rules with other numbers, from the next step on."""
         self.catch_up(wait=True)
         self._policy, self._guard = policy, policy.guard
         self._chain, anew = self._chain.changed(policy)
-        _say_anew(anew)
+        say_anew(anew)
 
     @property
     def is_stopping(self) -> bool:
@@ -131,7 +140,7 @@ class Engine:
         self._skips = SkipHistory.of(state["skips"])
         self._noise = NoiseScale.of(state["noise"])
         self._planned = int(state["planned"])
-        _say_anew(anew)
+        say_anew(anew)
 
     def _new_chain(self, layout: Layout) -> Chain:
         xp = self._backend.xp
@@ -150,7 +159,7 @@ class Engine:
             TrainingStopped: the policy says stop. Nothing else of ours leaves this method.
         """
         self.catch_up(wait=context.overflows > 0)
-        if self._stopping is not None:
+        if self._stopping is not None and not self._backend.agrees:
             raise self._stopping
         self._note_planned(context.planned)
         for _ in range(context.overflows):
@@ -164,24 +173,36 @@ class Engine:
         try:
             step.seen = self._backend.seen()
             gradients = self._backend.gather(context.factor)
-            step.present = gradients.present
-            step.rules = self._chain.rules(gradients.present)
-            norms, decision = measure_and_decide(
+            step.present = gradients.decided
+            step.rules = self._chain.rules(step.present)
+            agreed, decision = measure_and_decide(
                 self._backend, gradients, self._chain, step.rules, step.limits, self._guard,
-                apply=self.enforcing, loss=self._loss(step),
+                apply=self.enforcing, word=self._word(step),
             )  # fmt: skip
+            if agreed.stopping:
+                self._stopping = self._stopping or stopped_before(step.number, OTHERS, "rank")
+                raise self._stopping  # noqa: TRY301
+            gradients, norms = agreed.gradients, agreed.norms
             if self._backend.reads_host:
                 reading = self._read(gradients, norms, decision, step)
                 verdict = self._judged(step, reading)
                 self._investigation.look(self._backend, step, reading, verdict, is_over=False)
             self.samples.before(self._backend, step, gradients)
             doing = "apply"
+            self._could_not_apply = False
             if self._backend.reads_host:
-                self._act(gradients, decision, verdict, context.factor)
+                self._act(gradients, decision, verdict)
             else:
                 self._act_unread(gradients, norms, decision, step)
             self._failures_in_a_row = 0
+        except TrainingStopped:
+            raise
+        except RanksMissing as error:
+            self._parted(step, error)
         except Exception:
+            if doing == "measure":
+                self._abandon()
+            self._could_not_apply = doing == "apply"
             self._failed(doing, step)
             if reading is not None:
                 reading, verdict = unapplied(reading), Verdict()
@@ -190,6 +211,33 @@ class Engine:
             if verdict.skip or verdict.stop:
                 self.samples.forget(self._backend)
             self._end(step, reading, verdict)
+
+    def _word(self, step: DueStep) -> Word:
+        """What the other processes are told with the norms."""
+        context = step.context
+        return Word(
+            failed=self._could_not_apply,
+            stopping=self._stopping is not None,
+            weight=context.weight,
+            planned=context.factor * context.weight,
+            loss=self._notes.loss(self._chain, step),
+        )
+
+    def _abandon(self) -> None:
+        """Nobody is to wait for norms that do not come."""
+        try:
+            self._backend.abandon(self._chain.num_keys)
+        except Exception:
+            self._on_error("measure")
+
+    def _parted(self, step: DueStep, error: Exception) -> None:
+        """The processes cannot agree any more; stops the run where the policy is to be enforced."""
+        self._on_error("measure")
+        if self.enforcing and self._guard.on_error == "stop":
+            raise stopped_before(
+                step.number, f"{error}, guard.on_error is stop", "on_error"
+            ) from error
+        self.enforcing = False
 
     def stepped(self) -> None:
         """The optimizer has made its update."""
@@ -261,9 +309,9 @@ class Engine:
         self._chain.learn(decision, usable)
         return reading
 
-    def _act(self, gradients: Any, decision: Decision, verdict: Verdict, factor: float) -> None:
+    def _act(self, gradients: Any, decision: Decision, verdict: Verdict) -> None:
         if self.enforcing and not verdict.stop and verdict.skip != OVERFLOW:
-            act(self._backend, gradients, decision, verdict, factor)
+            act(self._backend, gradients, decision, verdict)
 
     def _act_unread(self, gradients: Any, norms: Norms, decision: Decision, step: DueStep) -> None:
         """Acts as `judge` will find when it reads the same numbers."""
@@ -297,32 +345,8 @@ class Engine:
             self._guard, step.rules, reading.over, reading.total_norm, self._skips, step.number,
             overflow=reading.overflow,
         )  # fmt: skip
-        self._warn(step, reading)
+        self._notes.warn(step, reading)
         return verdict
-
-    def _loss(self, step: DueStep) -> float:
-        """What was logged for the step before it; says once where a rule misses it."""
-        if not self._chain.compares_loss:
-            return NO_LOSS
-        loss = step.loss
-        if loss is None and not self._told_no_loss:
-            self._told_no_loss = True
-            say(
-                logging.WARNING, "step %d: a rule compares the loss, and none was logged: call "
-                "watch.log(loss=loss) before optimizer.step()", step.number,
-            )  # fmt: skip
-        return NO_LOSS if loss is None else loss
-
-    def _warn(self, step: DueStep, reading: Reading) -> None:
-        """One line when a `then: warn` rule goes over its limit, not one for each step."""
-        for rule, limit, is_over in zip(step.rules, reading.limits, reading.over, strict=False):
-            if rule.then == "warn" and is_over and rule.name not in self._warning:
-                say(
-                    logging.WARNING,
-                    "step %d: rule %s is over its limit %g (total norm %.4g)",
-                    step.number, rule.name, limit, reading.total_norm,
-                )  # fmt: skip
-            (self._warning.add if is_over else self._warning.discard)(rule.name)
 
     def _end(self, step: DueStep, reading: Reading, verdict: Verdict) -> None:
         """Hands a step over to the recorder.
@@ -339,7 +363,7 @@ class Engine:
         self._investigation.conclude()
         self._last_started = step.started
         if verdict.stop and self.enforcing:
-            raise _stopped(step.number, verdict.stop, verdict.skip or "")
+            raise stopped_before(step.number, verdict.stop, verdict.skip or "")
 
     def _row(self, step: DueStep, reading: Reading, verdict: Verdict) -> Row:
         context, scale = step.context, reading.loss_scale
@@ -361,23 +385,10 @@ class Engine:
             return
         if self._guard.on_error == "stop":
             message = f"gradwatch failed {self._failures_in_a_row} times in a row to {component}"
-            raise _stopped(step.number, f"{message}, guard.on_error is stop", "on_error")
+            raise stopped_before(step.number, f"{message}, guard.on_error is stop", "on_error")
         self.enforcing = False
         say(
             logging.CRITICAL,
             "gradwatch failed %d times in a row to %s: the policy is no longer enforced "
             "(guard.on_error is observe)", self._failures_in_a_row, component,
         )  # fmt: skip
-
-
-def _say_anew(rules: Sequence[str]) -> None:
-    if rules:
-        say(
-            logging.WARNING, "the histories of %s were not saved, or learn in another way "
-            "now: they begin anew", ", ".join(rules),
-        )  # fmt: skip
-
-
-def _stopped(step: int, why: str, reason: str) -> TrainingStopped:
-    message = f"stopped before the update of step {step}: {why}"
-    return TrainingStopped(message, step=step, reason=reason)

@@ -50,3 +50,9 @@ class TrainingStopped(GradwatchError):
         super().__init__(message)
         self.step = step
         self.reason = reason
+
+
+def stopped_before(step: int, why: str, reason: str) -> TrainingStopped:
+    """The error that ends a run before the update of a step."""
+    message = f"stopped before the update of step {step}: {why}"
+    return TrainingStopped(message, step=step, reason=reason)

@@ -40,6 +40,9 @@ class Watch:
         backend: Backend,
         recording: str | Path | None,
     ) -> None:
+        self.follows_its_policy = True
+        """Whether a policy file is read again while the run goes on."""
+
         self.url: str | None = None
         """Where the metrics are served, or None."""
 

@@ -22,6 +22,7 @@ RANKS = {
     "tally": 5,
     "cards": 5,
     "investigation": 5,
+    "rule_notes": 5,
     "recorder": 5,
     "reloading": 5,
     "samples": 5,

@@ -98,6 +98,12 @@ class Chain:
     def __len__(self) -> int:
         return len(self._clip)
 
+    @property
+    def num_keys(self) -> int:
+        """Kinds of norms of a tensor that processes exchange: of gradients, updates and weights."""
+        weighs = any(rule.measure == WEIGHT and rule.per != "unit" for rule in self._clip)
+        return len(self.norm_types) + self.compares_updates + weighs
+
     def limits(self, step: int) -> list[float | Limit]:
         """[K] the limits in force at an optimizer step."""
         return [

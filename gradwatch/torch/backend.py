@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradwatch.backend import Agreed, Word
 from gradwatch.records import Float32s
 from gradwatch.rules.arrays import Arrays, Vector
 from gradwatch.rules.clipping import Rule
@@ -46,6 +47,7 @@ class TorchBackend:
         readback: Readback | None = None,
         finder: ClueFinder | None = None,
     ) -> None:
+        self.agrees = False
         self.reads_host = plan.reads_host
         self.parameters = list(parameters)
         self._optimizer = optimizer
@@ -160,6 +162,10 @@ class TorchBackend:
     def clues(self, seen: Seen | None, *, is_over: bool) -> Clues:
         return Clues() if self.finder is None else self.finder.clues(seen, is_over=is_over)
 
+    def order(self) -> Sequence[int]:
+        """Parameters in the order of a backward pass; none before the first step."""
+        return () if self.finder is None else self.finder.order
+
     def scalar(self, value: float) -> Vector:
         number = torch.tensor(value, dtype=torch.float64, device=self._device)
         return number.numpy() if self.reads_host else number
@@ -189,6 +195,12 @@ class TorchBackend:
         if not (isinstance(unit, float) and unit == 1.0):
             norms_U = norms_U * (unit.to(self._device) if isinstance(unit, torch.Tensor) else unit)
         return norms_U.numpy() if self.reads_host else norms_U
+
+    def agree(self, gradients: Gradients, norms: dict[float | str, Vector], word: Word) -> Agreed:
+        return Agreed(gradients, norms)
+
+    def abandon(self, num_keys: int) -> None:
+        pass
 
     def touch(
         self, gradients: Gradients, rule: Rule, values: Vector, over: Vector, apply: bool

@@ -20,6 +20,7 @@ from gradwatch.torch.layers import COMPILED
 from gradwatch.torch.order import BackwardOrder
 from gradwatch.torch.passes import ForwardPasses, Seen, SeenPass
 from gradwatch.torch.replay import calls_of
+from gradwatch.torch.shares import local
 from gradwatch.torch.spans import flags_of, spans_of, tensors_in
 from gradwatch.torch.tracing import read
 
@@ -121,7 +122,7 @@ def _to_repeat(seen: Sequence[SeenPass], passes: Sequence[Pass]) -> int | None:
 def _bad_weights(model: torch.nn.Module) -> tuple[str, ...]:
     """Modules with a parameter that holds NaN or inf, in the order of their names."""
     named = [(name.replace(COMPILED, ""), p) for name, p in model.named_parameters()]
-    flags = flags_of([spans_of(parameter.detach()) for _, parameter in named])
+    flags = flags_of([spans_of(local(parameter.detach())) for _, parameter in named])
     bad = [
         name.rpartition(".")[0]
         for (name, _), flag in zip(named, flags, strict=True)

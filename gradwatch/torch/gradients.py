@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gradwatch.torch.shares import local
+
 __all__ = ["Gradients", "clamp", "drop", "gather", "scale", "zero_above"]
 
 STRIDED = {torch.strided}
@@ -40,6 +42,14 @@ class Gradients:
     found_inf: torch.Tensor | None = None
     """0-d: not 0 where a loss scaler has the optimizer drop the step."""
 
+    everywhere: bytes | None = None
+    """[P] of the parameters of all processes: those that the decision is over. None where this
+    process has all of them."""
+
+    @property
+    def decided(self) -> bytes:
+        return self.present if self.everywhere is None else self.everywhere
+
     @property
     def unit(self) -> float | torch.Tensor:
         """What a value is multiplied by for what the optimizer is due to see."""
@@ -59,12 +69,12 @@ def gather(
     found_inf: torch.Tensor | None = None,
 ) -> Gradients:
     """Collects `.grad`."""
-    grads = [parameter.grad for parameter in parameters]
+    grads = [None if p.grad is None else local(p.grad) for p in parameters]
     present = bytes([grad is not None for grad in grads])
     values = [grad for grad in grads if grad is not None]
     coalesced, rows = [], {}
     if not {value.layout for value in values} <= STRIDED:
-        owners = [parameter for parameter in parameters if parameter.grad is not None]
+        owners = [p for p, grad in zip(parameters, grads, strict=True) if grad is not None]
         for i, (owner, value) in enumerate(zip(owners, values, strict=True)):
             if value.layout != torch.strided:
                 whole = value.coalesce()

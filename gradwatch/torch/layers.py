@@ -78,11 +78,6 @@ def _refuse_unwatchable(model: torch.nn.Module, names: dict[torch.nn.Parameter, 
                 f"{name} is a flat parameter of FullyShardedDataParallel, which holds many layers "
                 "in one. Wrap with use_orig_params=True, or use fully_shard."
             )
-        if type(parameter).__name__ == "DTensor" or hasattr(parameter, "device_mesh"):
-            raise AttachError(
-                f"{name} is sharded over several processes, which this version does not measure "
-                "yet. Attach to an unsharded model."
-            )
         if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
             raise AttachError(f"{name} has no shape yet. Run one batch through the model first.")
         if parameter.device.type == "meta":

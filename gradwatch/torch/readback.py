@@ -29,8 +29,13 @@ class _Event(Protocol):
 class Readback:
     """One run's copies to the host, in the order in which they were sent."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, lag: int | None = None) -> None:
+        """
+        Args:
+            lag: steps after which a vector is handed out, no sooner and no later; None as it comes.
+        """
         self._device = device
+        self._lag = lag
         self._free: dict[tuple[torch.dtype, int], list[torch.Tensor]] = {}
         self._under_way: deque[tuple[_Event, torch.Tensor, Any]] = deque()
 
@@ -50,7 +55,11 @@ class Readback:
         """
         while self._under_way:
             event, buffer, what = self._under_way[0]
-            if wait or len(self._under_way) > MOST_UNDER_WAY:
+            if self._lag is not None and not wait:
+                if len(self._under_way) <= self._lag:
+                    return
+                event.synchronize()
+            elif wait or len(self._under_way) > MOST_UNDER_WAY:
                 event.synchronize()
             elif not event.query():
                 return

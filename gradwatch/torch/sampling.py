@@ -31,7 +31,7 @@ FLUSHED = 2.0**-24
 class Sampler:
     """Over a fixed list of parameters on one device."""
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self._parameters = list(parameters)
         self._device = parameters[0].device
         exact = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
@@ -63,6 +63,10 @@ class Sampler:
         self._known_P: torch.Tensor | None = None
         self._mask: tuple[tuple[int, ...], torch.Tensor] = ((), torch.zeros(0))
         self._scale: float | torch.Tensor | None = None
+
+    def of(self, parameters: Sequence[torch.Tensor]) -> None:
+        """The same parameters, where they are tensors made anew."""
+        self._parameters = list(parameters)
 
     @torch.no_grad()
     def before(self, gradients: Gradients, loss_scale: float) -> None:
@@ -157,11 +161,11 @@ class Sampler:
         return torch.as_strided(flat, (self._counts[i],), (self._strides[i],))
 
 
-def _elements(parameter: torch.nn.Parameter) -> int:
+def _elements(parameter: torch.Tensor) -> int:
     return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
-def _as_laid_out(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+def _as_laid_out(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A gradient whose elements lie where those of its weights do."""
     if value.stride() == parameter.stride():
         return value

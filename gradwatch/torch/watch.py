@@ -6,7 +6,7 @@ import logging
 import math
 import socket
 import weakref
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any, SupportsFloat
 
@@ -14,9 +14,8 @@ import torch
 
 from gradwatch.accumulation import Closed, MicroBatch
 from gradwatch.backend import StepContext
-from gradwatch.errors import AttachError, PolicyError, TrainingStopped
-from gradwatch.policy import Policy, SampleTarget, check_against
-from gradwatch.policy.locating import policy_error
+from gradwatch.errors import PolicyError, TrainingStopped
+from gradwatch.policy import Policy, check_against
 from gradwatch.records import Layout, RunInfo
 from gradwatch.rules.chain import measures_of
 from gradwatch.rules.detect_sampled import samples_every
@@ -29,9 +28,15 @@ from gradwatch.torch.hooks import BackwardCounter, StepHooks, innermost, refuse_
 from gradwatch.torch.layers import watched_parameters
 from gradwatch.torch.noise import FirstMicroBatch
 from gradwatch.torch.plan import plan_for
+from gradwatch.torch.refusals import (
+    accumulates_for_the_loop,
+    refuse_to_enforce,
+    refuse_unknown_updates,
+)
 from gradwatch.torch.scaling import ScalerFollower
+from gradwatch.torch.shared import SharedBackend
 from gradwatch.torch.state import as_arrays, as_tensors
-from gradwatch.torch.updates import has_second_moments
+from gradwatch.torch.together import culprits_for, together
 from gradwatch.watch import Watch
 
 __all__ = ["TorchWatch"]
@@ -52,6 +57,8 @@ class TorchWatch(Watch):
         started: float,
         pid: int,
         scaler: Any = None,
+        distributed: bool | None = None,
+        shard_keys: Mapping[str, Hashable] | None = None,
     ) -> None:
         """
         Raises:
@@ -61,11 +68,13 @@ class TorchWatch(Watch):
         self._optimizer = None if optimizer is None else innermost(optimizer)
         if self._optimizer is not None:
             refuse_watched(self._optimizer)
-            _refuse_to_enforce(policy, self._optimizer)
+            refuse_to_enforce(policy, self._optimizer)
         tensors, parameters = watched_parameters(model, self._optimizer)
-        layout = Layout.of(parameters, policy.grouping)
+        share = together(model, tensors, parameters, policy, distributed, shard_keys)
+        known = parameters if share is None or not share.agrees else share.parameters
+        layout = Layout.of(known, policy.grouping)
         check_against(policy, layout)
-        _refuse_unknown_updates(policy, self._optimizer)
+        refuse_unknown_updates(policy, self._optimizer)
         info = RunInfo(
             run=run,
             layout=layout,
@@ -75,6 +84,7 @@ class TorchWatch(Watch):
             mode=policy.effective_mode,
             policy=policy.canonical_yaml(),
             policy_sha256=policy.sha256,
+            rank=0 if share is None else share.rank,
             framework=f"torch {torch.__version__}",
             device=str(tensors[0].device),
             host=socket.gethostname(),
@@ -83,18 +93,24 @@ class TorchWatch(Watch):
             started=started,
             pid=pid,
         )
-        for_the_loop = _accumulates_for_the_loop(policy)
+        for_the_loop = accumulates_for_the_loop(policy)
         self._policy = policy
         self._described = parameters
         self._model = weakref.ref(model)
         self._num_known = 0 if self._optimizer is None else _count(self._optimizer)
         self._scaler = None if scaler is None else ScalerFollower(scaler)
         self.plan = plan_for(policy, layout, self._optimizer, tensors)
-        self._backend = TorchBackend(tensors, self._optimizer, self.plan)
+        if share is not None and share.agrees:
+            self._backend: TorchBackend = SharedBackend(tensors, self._optimizer, self.plan, share)
+        else:
+            self._backend = TorchBackend(tensors, self._optimizer, self.plan)
         super().__init__(info, policy, self._backend, recording)
-        finder = ClueFinder(model, tensors, policy.detect.culprit, self.pipeline.report)
+        how = culprits_for(policy, model, share)
+        finder = ClueFinder(model, tensors, how, self.pipeline.report)
         self._backend.finder = finder
-        self.pipeline.consumer.order = lambda: finder.order
+        order = weakref.WeakMethod(self._backend.order)
+        self.pipeline.consumer.order = lambda: () if (of := order()) is None else of()
+        self.follows_its_policy = share is None  # ranks would take it over at different steps
         if self.plan.reason:
             say(logging.WARNING, "gradwatch %s", self.plan)
         update = int if self._scaler is None else self._scaler.update
@@ -329,56 +345,8 @@ class TorchWatch(Watch):
             self._hooks.remove()
 
 
-def _refuse_to_enforce(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """
-    Raises:
-        AttachError: this optimizer can be observed only.
-    """
-    if policy.enforcing and isinstance(optimizer, torch.optim.LBFGS):
-        raise AttachError(
-            "LBFGS compares gradients along a line search, and changing them would break it. "
-            "Attach without a policy, with mode: shadow, or use another optimizer."
-        )
-
-
-def _refuse_unknown_updates(policy: Policy, optimizer: torch.optim.Optimizer | None) -> None:
-    """
-    Raises:
-        PolicyError: a rule compares updates that this optimizer does not scale by second moments.
-    """
-    rules = [rule for rule in policy.clip if rule.measure == "update"]
-    if rules and (optimizer is None or not has_second_moments(optimizer)):
-        kind = "none" if optimizer is None else type(optimizer).__name__
-        mistake = rules[0].origin.mistake(
-            ("measure",), ": update needs an optimizer with second moments, such as Adam, AdamW or "
-            f"RMSprop. Received: {kind}",
-        )  # fmt: skip
-        raise policy_error(rules[0].origin.source, [mistake])
-
-
 def _count(optimizer: torch.optim.Optimizer) -> int:
     return sum(len(group["params"]) for group in optimizer.param_groups)
-
-
-def _accumulates_for_the_loop(policy: Policy) -> bool:
-    """
-    Raises:
-        PolicyError: the weights that it asks for cannot be known.
-    """
-    accumulate = policy.accumulate
-    if accumulate is None:
-        return False
-    if accumulate.drive == "loop" and isinstance(accumulate.steps, SampleTarget):
-        raise PolicyError(
-            f"{policy.source}: accumulate.steps: {{target: ...}} counts samples, which drive: loop "
-            "does not see. Use watch.micro_batches with drive: hook"
-        )
-    if accumulate.drive == "loop" and accumulate.weigh == "weight":
-        raise PolicyError(
-            f"{policy.source}: accumulate.weigh: weight needs the weight of each loss, which "
-            "drive: loop does not see. Use watch.micro_batches with drive: hook"
-        )
-    return accumulate.drive == "hook" and policy.mode == "enforce"
 
 
 def _learning_rate(optimizer: torch.optim.Optimizer | None) -> float:
