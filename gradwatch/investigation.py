@@ -48,6 +48,7 @@ class Investigation:
         self._names = [parameter.name for parameter in info.layout.parameters]
         self._in_a_row = 0
         self._found: Culprit | None = None
+        self._step = -1
         self._batches: deque[tuple[str, int]] = deque(maxlen=KEPT_BATCHES)
         """Hashes of bad batches, each with its step."""
 
@@ -59,7 +60,7 @@ class Investigation:
         Args:
             is_over: whether its update was made meanwhile.
         """
-        self._found = None
+        self._found, self._step = None, step.number
         if math.isfinite(reading.total_norm) and np.isfinite(reading.norms_Q).all():
             self._in_a_row = 0
             return
@@ -88,6 +89,8 @@ class Investigation:
             return
         try:
             records = self._recorder.newest(HISTORY)
+            if not records or records[-1].step != self._step:
+                return  # the row could not be written
             record = replace(records[-1], culprit=found)
             card = card_of(self._info, finding_of(record, "alert"), [*records[:-1], record], found)
             self._recorder.investigated(record.step, found, card)

@@ -239,7 +239,9 @@ class Watch:
         self.window.step = self._engine.num_steps
         try:
             with self.pipeline.consumer.paused():
-                self.pipeline.consumer.unhealthy = int(state.get("unhealthy", -1))
+                self.pipeline.consumer.unhealthy = int(
+                    state.get("unhealthy", self._engine.num_steps - 1)
+                )
                 self.pipeline.consumer.detection.load_state_dict(state["detection"])
         except ValueError as error:
             say(logging.WARNING, "detection begins anew: %s", error)

@@ -35,7 +35,7 @@ HISTORY = 20
 BESIDE = 2
 """Layers of either side of the affected one."""
 
-WAIT_SECONDS = 2.0
+WAIT_SECONDS = 0.2
 """For the thread that writes records, at most."""
 
 CARDS = "cards (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, kind TEXT NOT NULL, card TEXT)"
@@ -166,8 +166,9 @@ def card_from(text: str) -> Card:
         known = {field.name for field in fields(Card)}
         values = {name: _plain(value) for name, value in data.items() if name in known}
         if data.get("culprit") is not None:
+            of_culprit = {field.name for field in fields(Culprit)}
             values["culprit"] = Culprit(
-                **{name: _plain(value) for name, value in data["culprit"].items()}
+                **{k: _plain(value) for k, value in data["culprit"].items() if k in of_culprit}
             )
         return Card(**values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -188,7 +189,9 @@ def write_card(path: Path, card: Card) -> None:
     Raises:
         sqlite3.Error: it is not, e.g. since the disk is full.
     """
-    connection = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None)
+    # Not made anew where somebody has deleted it.
+    where = f"{path.absolute().as_uri()}?mode=rw"
+    connection = sqlite3.connect(where, uri=True, timeout=WAIT_SECONDS, isolation_level=None)
     try:
         # As the store has it: a card survives the process, not a power loss.
         connection.execute("PRAGMA synchronous = NORMAL")

@@ -106,6 +106,8 @@ def _began(card: Card) -> str:
 
 
 def _done(card: Card) -> str:
+    if card.environment.get("mode") != "enforce" and (card.skipped or card.clip_coef < 1):
+        return "nothing: the policy is not enforced, and the step was taken as it was"
     if card.skipped:
         return f"the step was skipped ({printable(card.skipped)}): weights and optimizer as before"
     if card.clip_coef < 1:
@@ -115,7 +117,11 @@ def _done(card: Card) -> str:
 
 
 def _to_do(card: Card) -> str:
-    if card.culprit is not None and card.culprit.origin is not None:
+    if card.kind not in OTHERWISE or card.kind == "nonfinite":
+        known = card.culprit is not None and card.culprit.origin is not None
+    else:
+        known = False
+    if known and card.culprit is not None and card.culprit.origin is not None:
         return TO_DO[card.culprit.origin]
     return OTHERWISE.get(card.kind, f"see what docs/detectors.md says of {card.kind}")
 

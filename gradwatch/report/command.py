@@ -48,6 +48,9 @@ def _lines(recording: Recording, last_anomaly: bool, step: int | None) -> Iterat
             known = ", ".join(str(card.step) for card in cards[-MOST_LISTED:]) or "none"
             raise RecordingError(f"{recording.path}: no card of step {step}. There are: {known}")
     elif last_anomaly:
+        # Each bad step of an episode has a card; the first one tells how it began.
+        begun = {(anomaly.kind, anomaly.step) for anomaly in recording.anomalies()}
+        cards = [card for card in cards if (card.kind, card.step) in begun] or cards
         at_last = [card for card in cards if card.step == cards[-1].step]
         chosen = sorted(at_last, key=lambda card: _urgency(card.kind))[:1]
         if not chosen:

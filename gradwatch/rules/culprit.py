@@ -59,6 +59,10 @@ class ModuleGradient:
     bias_only: bool = False
     """Whether that of its bias is finite although others are not."""
 
+    bias_too: bool = True
+    """Whether that of a bias is not finite: what the module hands back was bad, whatever it was
+    given."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clues:
@@ -67,6 +71,9 @@ class Clues:
     bad_weights: Sequence[str] | None = None
     """Modules that held weights that are not finite before the update; None where that is not
     known."""
+
+    foreign: Sequence[str] = ()
+    """Modules with weights that are not finite and that something else updates."""
 
     forward: Forward | None = None
     """None where nobody looked."""
@@ -86,6 +93,12 @@ def of_step(clues: Clues, gradients: Sequence[ModuleGradient], loss: float | Non
     """
     bad_weights = clues.bad_weights or ()
     forward = clues.forward
+    if clues.foreign:
+        return Culprit(
+            near=tuple(clues.foreign[:LISTED]),
+            message=f"not determined: weights of {clues.foreign[0]}, which another optimizer "
+            "updates, hold NaN or inf",
+        )
     if forward is None or not forward.passes:
         found = _of_weights(bad_weights) or of_gradients(gradients, loss)
         if found.origin is not None:
@@ -97,8 +110,14 @@ def of_step(clues: Clues, gradients: Sequence[ModuleGradient], loss: float | Non
     if in_forward is not None:
         return replace(in_forward, evidence=forward.evidence)
     if (in_weights := _of_weights(bad_weights)) is not None:
-        return in_weights  # tanh hides an inf on the way forward, not on the way back
-    found = of_gradients(gradients, loss)
+        if loss is None or math.isfinite(loss):
+            return in_weights  # tanh hides an inf on the way forward, not on the way back
+        return replace(
+            in_weights, origin=None, module=None,
+            message=f"not determined: {in_weights.message}, and the loss is {loss} while what the "
+            "model puts out is finite",
+        )  # fmt: skip
+    found = of_gradients(gradients, loss, forward_is_fine=_is_known(forward))
     if found.origin is not None or not _all_bad(gradients):
         return found
     if (first := _minus(forward.passes)) is not None:
@@ -106,7 +125,15 @@ def of_step(clues: Clues, gradients: Sequence[ModuleGradient], loss: float | Non
         return _with(found, f"{said}purpose, or a logarithm of 0")
     if forward.unseen:
         return _with(found, f"; {forward.unseen} forward passes of the step were not kept")
+    if not _is_known(forward):
+        return _with(found, "; what went in or came out of the model could not be looked into")
     return _outside_of_the_model(found, gradients[0].module, loss, forward.evidence)
+
+
+def _is_known(forward: Forward) -> bool:
+    """Whether every pass of the step is known to be fine."""
+    fine = all(one.inputs is Flag.FINE and one.outputs is Flag.FINE for one in forward.passes)
+    return fine and not forward.unseen
 
 
 def _minus(passes: Sequence[Pass]) -> str | None:
@@ -168,13 +195,24 @@ def modules_of(
         others = [finite[i] for i, bias in zip(places, is_bias, strict=True) if not bias]
         bias_only = bool(biases) and all(biases) and not all(others)
         found.append(
-            ModuleGradient(name_of(module), all(finite[i] for i in places), bias_only=bias_only)
+            ModuleGradient(
+                name_of(module),
+                all(finite[i] for i in places),
+                bias_only=bias_only,
+                bias_too=not all(biases),
+            )
         )
     return tuple(found)
 
 
-def of_gradients(gradients: Sequence[ModuleGradient], loss: float | None) -> Culprit:
-    """Where along the backward pass gradients went bad, where that can be told from them."""
+def of_gradients(
+    gradients: Sequence[ModuleGradient], loss: float | None, *, forward_is_fine: bool = False
+) -> Culprit:
+    """Where along the backward pass gradients went bad, where that can be told from them.
+
+    Args:
+        forward_is_fine: whether all that the model was given and has put out is known to be finite.
+    """
     if not gradients:
         return Culprit(message="not determined: gradients hold NaN or inf, and the order of their "
                        "backward pass is not known")  # fmt: skip
@@ -189,6 +227,22 @@ def of_gradients(gradients: Sequence[ModuleGradient], loss: float | None) -> Cul
             message=f"not determined: the gradient of {module}'s bias is finite and that of its "
             "weight is not, so that what it was given in the forward pass was not finite, or too "
             "large for the precision of its gradient",
+        )
+    if first > 0 and (loss is None or not math.isfinite(loss)):
+        said = "no loss was logged before the step" if loss is None else f"the loss is {loss}"
+        return Culprit(
+            near=(module, gradients[first - 1].module),
+            message=f"not determined: the gradient of {module} is the first that holds NaN or inf, "
+            f"behind {gradients[first - 1].module}, and {said}: a backward pass that went bad, or "
+            "one of several losses",
+        )
+    # A bad input spoils the gradient of one weight, a bad gradient those of all behind it too.
+    witnessed = gradients[first].bias_too or forward_is_fine
+    if len(bad) == 1 and not witnessed:
+        return Culprit(
+            near=(module,),
+            message=f"not determined: the gradient of {module} holds NaN or inf, and that of no "
+            "other module: what it was given, or what it was handed back",
         )
     if len(bad) == 1 and behind:
         return Culprit(

@@ -23,18 +23,25 @@ class Flag(IntEnum):
     FINE = 0
     """Finite values, or an attention mask: nothing but 0 and -inf at its ends."""
 
-    MINUS = 1
+    UNKNOWN = 1
+    """Something that was not looked into."""
+
+    MINUS = 2
     """-inf beside finite values: the logarithm of 0, or something masked on purpose."""
 
-    BAD = 2
+    BAD = 3
     """NaN or inf."""
 
 
-def flag_of(low: float, high: float) -> Flag:
-    """From the least and the largest value, both NaN where any is."""
+def flag_of(low: float, high: float, *, masks: bool = True) -> Flag:
+    """From the least and the largest value, both NaN where any is.
+
+    Args:
+        masks: whether nothing but 0 and -inf is taken for an attention mask.
+    """
     if math.isnan(low) or math.isnan(high) or high == math.inf:
         return Flag.BAD
-    if low == -math.inf and high != 0:
+    if low == -math.inf and not (masks and high == 0):
         return Flag.MINUS
     return Flag.FINE
 
@@ -74,6 +81,19 @@ def of_forward(calls: Sequence[Call], bad_weights: Sequence[str] = ()) -> Culpri
         return None
     call = calls[first]
     name, guilty = name_of(call.module), _owner(call.module, bad_weights)
+    if guilty is not None and len(bad_weights) > 1:
+        return Culprit(
+            origin="weight",
+            near=tuple(name_of(one) for one in bad_weights[:5]),
+            message=f"weights of {len(bad_weights)} modules hold NaN or inf, so that the first is "
+            f"not known; the outputs of {name} are the first that do",
+        )
+    if bad_weights and guilty is None:
+        return Culprit(
+            near=(name, name_of(bad_weights[0])),
+            message=f"not determined: the outputs of {name} hold NaN or inf while its inputs are "
+            f"finite, and weights of {name_of(bad_weights[0])} do, which it may use",
+        )
     if guilty is not None:
         how = "and so do its outputs" if guilty == name else f"and so do the outputs of {name}"
         return Culprit(
@@ -87,6 +107,12 @@ def of_forward(calls: Sequence[Call], bad_weights: Sequence[str] = ()) -> Culpri
             near=(name,) if earlier is None else (name_of(earlier.module), name),
             message=f"not determined: {name} puts out NaN or inf, and {source} held -inf before: "
             "something masked, or a logarithm of 0",
+        )
+    if call.inputs is Flag.UNKNOWN:
+        return Culprit(
+            near=(name,),
+            message=f"not determined: {name} puts out NaN or inf, and what it was given could not "
+            "be looked into",
         )
     near = _inside(calls, first)
     hidden = "" if calls[-1].outputs is Flag.BAD else "; the model masks it, but not its gradient"
@@ -108,7 +134,7 @@ def _owner(module: str, bad_weights: Sequence[str]) -> str | None:
     if module in bad_weights:
         return name_of(module)
     parts = [name for name in bad_weights if not module or name.startswith(f"{module}.")]
-    return parts[0] if len(parts) == 1 else None
+    return parts[0] if parts else None
 
 
 def _inside(calls: Sequence[Call], index: int) -> tuple[str, ...]:

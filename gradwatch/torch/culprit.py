@@ -15,7 +15,7 @@ import torch
 from gradwatch.policy import Culprits
 from gradwatch.records import Evidence
 from gradwatch.rules.culprit import Clues, Forward, Pass
-from gradwatch.rules.culprit_forward import Call, Flag
+from gradwatch.rules.culprit_forward import Call, Flag, worst
 from gradwatch.torch.layers import COMPILED
 from gradwatch.torch.order import BackwardOrder
 from gradwatch.torch.passes import ForwardPasses, Seen, SeenPass
@@ -38,6 +38,7 @@ class ClueFinder:
         on_error: Callable[[str], None],
     ) -> None:
         self._model = weakref.ref(model)
+        self._watched = frozenset(map(id, parameters))
         self._order = BackwardOrder(() if how == "none" else parameters)
         self._passes: ForwardPasses | None = None
         self._evidence: Evidence = "live" if how == "always" else "replay"
@@ -64,8 +65,10 @@ class ClueFinder:
         model = self._model()
         if model is None:
             return Clues(order=self.order)
+        bad, foreign = ((), ()) if is_over else _bad_weights(model, self._watched)
         return Clues(
-            bad_weights=None if is_over else _bad_weights(model),
+            bad_weights=None if is_over else bad,
+            foreign=() if is_over else foreign,
             forward=None if seen is None else self._forward(model, seen, is_over),
             order=self.order,
             batch="" if seen is None else _fingerprint(seen),
@@ -77,10 +80,14 @@ class ClueFinder:
             self._passes.remove()
 
     def _forward(self, model: torch.nn.Module, seen: Seen, is_over: bool) -> Forward:
-        flags = iter(flags_of([s for one in seen.passes for s in (one.inputs, one.outputs)]))
+        inputs = flags_of([one.inputs for one in seen.passes])
+        outputs = flags_of([one.outputs for one in seen.passes], masks=False)
         traces = [one.trace for one in seen.passes if one.trace is not None]
         calls: list[Sequence[Call]] = list(read(traces)) or [()] * len(seen.passes)
-        passes = [Pass(next(flags), next(flags), of_one) for of_one in calls]
+        passes = [
+            Pass(_known(flag, one.opaque[0]), _known(out, one.opaque[1]), of_one)
+            for one, flag, out, of_one in zip(seen.passes, inputs, outputs, calls, strict=True)
+        ]
         unknown, again = seen.unknown, None
         if passes and self._evidence == "replay":
             again = _to_repeat(seen.passes, passes)
@@ -119,25 +126,38 @@ def _to_repeat(seen: Sequence[SeenPass], passes: Sequence[Pass]) -> int | None:
     return next(iter(bad), kept[-1] if kept else None)
 
 
-def _bad_weights(model: torch.nn.Module) -> tuple[str, ...]:
-    """Modules with a parameter that holds NaN or inf, in the order of their names."""
+def _bad_weights(
+    model: torch.nn.Module, watched: frozenset[int]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Modules with a parameter that holds NaN or inf, in the order of their names: of those that
+    are watched or frozen, and of those that something else updates."""
     named = [(name.replace(COMPILED, ""), p) for name, p in model.named_parameters()]
     flags = flags_of([spans_of(local(parameter.detach())) for _, parameter in named])
     bad = [
-        name.rpartition(".")[0]
-        for (name, _), flag in zip(named, flags, strict=True)
-        if flag is not Flag.FINE
+        (name.rpartition(".")[0], id(p) in watched or not p.requires_grad)
+        for (name, p), flag in zip(named, flags, strict=True)
+        if flag is Flag.BAD
     ]
-    return tuple(dict.fromkeys(bad))
+    return (
+        tuple(dict.fromkeys(name for name, ours in bad if ours)),
+        tuple(dict.fromkeys(name for name, ours in bad if not ours)),
+    )
+
+
+def _known(flag: Flag, opaque: bool) -> Flag:
+    return worst([flag, Flag.UNKNOWN]) if opaque else flag
 
 
 def _fingerprint(seen: Seen) -> str:
     """Of the batch that was kept, from its values; empty where there is none."""
     kept = [one.batch for one in seen.passes if one.batch is not None]
-    if not kept:
+    if not kept or not kept[0].is_unchanged():
+        return ""
+    tensors = [t for t in tensors_in((kept[0].args, kept[0].kwargs)) if not t.is_nested]
+    if not tensors:
         return ""
     digest = hashlib.blake2b(digest_size=8)
-    for tensor in tensors_in((kept[0].args, kept[0].kwargs)):
+    for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()

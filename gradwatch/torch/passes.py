@@ -17,7 +17,7 @@ import torch
 from gradwatch.rules.culprit_forward import Flag
 from gradwatch.torch.layers import COMPILED
 from gradwatch.torch.randomness import RandomState
-from gradwatch.torch.spans import flags_of, spans_of, tensors_in
+from gradwatch.torch.spans import flags_of, is_opaque, spans_of, tensors_in
 from gradwatch.torch.tracing import Trace
 
 __all__ = ["ForwardPasses", "Seen", "SeenPass", "device_of", "inner_model", "module_names"]
@@ -38,7 +38,9 @@ class _Hook:
 
     def __call__(self, *args: Any) -> None:
         # Known while a graph is traced: nothing of this is in it, and it does not break.
-        if not torch.compiler.is_compiling() and self._call is not None:
+        if self._call is not None and not (
+            torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        ):
             self._call(*args)
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
@@ -69,6 +71,9 @@ class SeenPass:
     """Spans, on the device."""
 
     outputs: list[torch.Tensor] = field(default_factory=list)
+    opaque: tuple[bool, bool] = (False, False)
+    """Whether inputs and outputs hold what is not looked into."""
+
     batch: Batch | None = None
     """None where another one was kept instead."""
 
@@ -83,6 +88,7 @@ class Seen:
 
     passes: list[SeenPass] = field(default_factory=list)
     unseen: int = 0
+    begun: int = 0
     unknown: str = ""
     """Why there is none."""
 
@@ -117,6 +123,7 @@ class ForwardPasses:
     def take(self) -> Seen:
         """The passes since the last call, which is forgotten here."""
         seen, self._seen, self._open = self._seen, Seen(), None
+        seen.unseen = max(0, seen.begun - len(seen.passes))
         if not seen.passes:
             seen.unknown = self._failed or (
                 "the model itself was not called before the step, or only compiled"
@@ -139,7 +146,9 @@ class ForwardPasses:
             self._on_error("measure")
 
     def _entered(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        self._open = None  # one within another, or one that raised
         if torch.is_grad_enabled():
+            self._seen.begun += not self.off
             self._guarded(lambda: self._begin(module, args, kwargs))
 
     def _left(self, module: torch.nn.Module, args: Any, outputs: Any) -> None:
@@ -155,7 +164,6 @@ class ForwardPasses:
             self._guarded(lambda: trace.leave(module, outputs))
 
     def _begin(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        self._open = None
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         trace = None
@@ -172,7 +180,8 @@ class ForwardPasses:
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
             _versions(args, kwargs),
         )
-        self._open = SeenPass(inputs, batch=batch, trace=trace)
+        opaque = is_opaque((args, kwargs)), False
+        self._open = SeenPass(inputs, opaque=opaque, batch=batch, trace=trace)
 
     def _end(self, module: torch.nn.Module, outputs: Any) -> None:
         one, self._open = self._open, None
@@ -183,15 +192,17 @@ class ForwardPasses:
             one.outputs = one.trace.done[-1].outputs
         else:
             one.outputs = spans_of(outputs)
+        one.opaque = one.opaque[0], is_opaque(outputs)
         seen = self._seen
         if self._device.type == "cpu":
             one.is_bad = Flag.BAD in flags_of([one.inputs, one.outputs])
-        if seen.passes and not seen.passes[-1].is_bad:
+        # The first bad one is kept, else the last one.
+        if any(earlier.is_bad for earlier in seen.passes):
+            one.batch = None
+        elif seen.passes:
             seen.passes[-1].batch = None
         if len(seen.passes) < MOST_PASSES:
             seen.passes.append(one)
-        else:
-            seen.unseen += 1
 
 
 def inner_model(model: torch.nn.Module) -> torch.nn.Module:

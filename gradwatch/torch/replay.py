@@ -1,13 +1,14 @@
 """A forward pass run once more, with flags of every call in it, and everything as it was behind it.
 
 The step that was due is not taken yet, so the weights are those of the pass. The batch, the random
-states and autocast are put back as they were; buffers, such as the statistics of BatchNorm, are
-restored afterwards, and so are the random states. Forward hooks of the model run again too.
+states and autocast are put back as they were; what modules hold beside weights, such as the
+statistics of BatchNorm, is restored afterwards. Forward hooks of the model run again too.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -32,7 +33,7 @@ def calls_of(model: torch.nn.Module, batch: Batch) -> Sequence[Call]:
     enabled, dtype = batch.autocast
     kind = "cpu" if device.type == "meta" else device.type
     with ExitStack() as stack:
-        stack.enter_context(_buffers_kept(inner))
+        stack.enter_context(_state_kept(inner))
         stack.enter_context(batch.random.in_force(device))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False))
@@ -80,19 +81,31 @@ def _every_module_by_itself() -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_kept(model: torch.nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    owners = {
-        (module, name): buffer
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    }
+def _state_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Everything that modules hold beside weights, as it was: what is written to is a copy.
+
+    Buffers themselves are not touched, since a graph may have saved them for its backward pass.
+    """
+    modules = list(dict.fromkeys(model.modules()))
+    held = [dict(module.__dict__) for module in modules]
+    lists = [v for one in held for v in one.values() if type(v) in (list, dict, deque)]
+    copies = [value.copy() for value in lists]
+    generators = [v for one in held for v in one.values() if isinstance(v, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    buffers: dict[int, torch.Tensor] = {}
+    for module in modules:
+        module._buffers = {
+            name: None if b is None else buffers.setdefault(id(b), b.detach().clone())
+            for name, b in module._buffers.items()
+        }
     try:
         yield
     finally:
-        with torch.no_grad():
-            for (module, name), buffer in owners.items():
-                module._buffers[name] = buffer
-            for buffer, value in before:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        for module, before in zip(modules, held, strict=True):
+            module.__dict__.clear()
+            module.__dict__.update(before)
+        for value, copied in zip(lists, copies, strict=True):
+            value.clear()
+            (value.update if isinstance(value, dict) else value.extend)(copied)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

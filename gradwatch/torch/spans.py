@@ -13,8 +13,9 @@ import torch
 
 from gradwatch.rules.culprit_forward import Flag, flag_of, worst
 
-__all__ = ["flags_of", "spans_of", "tensors_in"]
+__all__ = ["flags_of", "is_opaque", "spans_of", "tensors_in"]
 
+PLAIN = (bool, int, float, complex, str, bytes, type, torch.device, torch.dtype)
 DEEPEST = 8
 """Levels of containers that are looked into."""
 
@@ -58,11 +59,29 @@ def _span(tensor: torch.Tensor) -> torch.Tensor | None:
     return span.float() if span.device.type == "mps" else span.double()
 
 
-def flags_of(spans: Sequence[Sequence[torch.Tensor]]) -> list[Flag]:
+def is_opaque(value: Any, depth: int = DEEPEST) -> bool:
+    """Whether it holds something that may hold numbers and is not looked into."""
+    if isinstance(value, torch.Tensor):
+        return value.is_nested
+    if value is None or isinstance(value, PLAIN):
+        return False
+    if not depth:
+        return True
+    if isinstance(value, Mapping):
+        return any(is_opaque(one, depth - 1) for one in value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return any(is_opaque(one, depth - 1) for one in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return any(is_opaque(getattr(value, one.name, None), depth - 1) for one in fields)
+    return True
+
+
+def flags_of(spans: Sequence[Sequence[torch.Tensor]], *, masks: bool = True) -> list[Flag]:
     """The flag of each group of spans; one read for each device."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for group in spans:
         for span in group:
             by_device.setdefault(span.device, []).append(span)
     read = {device: iter(torch.stack(found).tolist()) for device, found in by_device.items()}
-    return [worst(flag_of(*next(read[span.device])) for span in group) for group in spans]
+    return [worst(flag_of(*next(read[s.device]), masks=masks) for s in group) for group in spans]

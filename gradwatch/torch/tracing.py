@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from gradwatch.rules.culprit_forward import Call
-from gradwatch.torch.spans import flags_of, spans_of
+from gradwatch.rules.culprit_forward import Call, Flag, worst
+from gradwatch.torch.spans import flags_of, is_opaque, spans_of
 
 __all__ = ["Trace", "read"]
 
@@ -25,6 +25,7 @@ class _Open:
     module: torch.nn.Module
     entered: int
     inputs: list[torch.Tensor]
+    opaque: bool
 
 
 @dataclass(slots=True)
@@ -33,6 +34,8 @@ class _Done:
     entered: int
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
+    opaque: tuple[bool, bool]
+    """Whether inputs and outputs hold what is not looked into."""
 
 
 class Trace:
@@ -50,7 +53,7 @@ class Trace:
     def enter(self, module: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
         """A call begins; the spans of its inputs."""
         spans = spans_of((args, kwargs))
-        self._open.append(_Open(module, len(self.done), spans))
+        self._open.append(_Open(module, len(self.done), spans, is_opaque((args, kwargs))))
         return spans
 
     def leave(self, module: torch.nn.Module, outputs: Any) -> None:
@@ -61,7 +64,8 @@ class Trace:
             return
         call, name = self._open.pop(), self._name_of(module)
         if name is not None and len(self.done) < MOST_CALLS:
-            self.done.append(_Done(name, call.entered, call.inputs, spans_of(outputs)))
+            opaque = call.opaque, is_opaque(outputs)
+            self.done.append(_Done(name, call.entered, call.inputs, spans_of(outputs), opaque))
 
 
 def read(traces: Iterable[Trace]) -> list[list[Call]]:
@@ -70,6 +74,18 @@ def read(traces: Iterable[Trace]) -> list[list[Call]]:
     done = [call for trace in found for call in trace.done]
     flags = iter(flags_of([spans for call in done for spans in (call.inputs, call.outputs)]))
     return [
-        [Call(call.module, next(flags), next(flags), call.entered) for call in trace.done]
+        [
+            Call(
+                call.module,
+                _known(next(flags), call.opaque[0]),
+                _known(next(flags), call.opaque[1]),
+                call.entered,
+            )
+            for call in trace.done
+        ]
         for trace in found
     ]
+
+
+def _known(flag: Flag, opaque: bool) -> Flag:
+    return worst([flag, Flag.UNKNOWN]) if opaque else flag

@@ -105,7 +105,7 @@ class TorchWatch(Watch):
         else:
             self._backend = TorchBackend(tensors, self._optimizer, self.plan)
         super().__init__(info, policy, self._backend, recording)
-        how = culprits_for(policy, model, share)
+        how = culprits_for(policy, model, share) if policy.detect.nonfinite else "none"
         finder = ClueFinder(model, tensors, how, self.pipeline.report)
         self._backend.finder = finder
         order = weakref.WeakMethod(self._backend.order)
@@ -306,6 +306,7 @@ class TorchWatch(Watch):
 
     def _discard(self) -> None:
         drop(self._backend.parameters)
+        self._backend.seen()
         self._marked_loop.clear()
 
     def _has_gradients(self) -> bool:
@@ -327,6 +328,7 @@ class TorchWatch(Watch):
     def _disarm(self) -> None:
         self._backend.disarm()
         self._engine.stepped()
+        self._backend.seen()
         self._counter.take()  # a line search goes on evaluating within the step
 
     def _number(self, value: SupportsFloat) -> float:

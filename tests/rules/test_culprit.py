@@ -81,8 +81,9 @@ def test_a_bad_weight_is_named_before_the_module_that_shows_it():
     calls = [Call("block", FINE, BAD, 0), Call("", FINE, BAD, 0)]
     assert of_forward(calls, ["block.linear"]).module == "block.linear"
     assert of_forward(calls, ["block.linear"]).origin == "weight"
-    assert of_forward(calls, ["elsewhere"]).origin == "forward"
-    assert of_forward(calls, ["block.a", "block.b"]).origin == "forward"
+    assert of_forward(calls, ["elsewhere"]).origin is None  # which the block may use
+    several = of_forward(calls, ["block.a", "block.b"])
+    assert (several.origin, several.module) == ("weight", None)
 
 
 def gradients(*finite: bool) -> list[ModuleGradient]:
@@ -116,8 +117,36 @@ def test_minus_infinity_that_the_model_puts_out_clears_nobody():
     found = of_step(Clues(forward=forward), gradients(False, False), NAN)
     assert found.origin is None
     assert "which log was the first to hold" in found.message
-    in_backward = of_step(Clues(forward=forward), gradients(True, False), NAN)
+    in_backward = of_step(Clues(forward=forward), gradients(True, False), 1.0)
     assert in_backward.module == "m1"
+
+
+def test_one_of_several_losses_is_not_told_as_a_backward_pass():
+    """The head of a loss that is fine has a finite gradient, that of a bad one has not."""
+    fine = Forward(evidence="live", passes=[Pass(FINE, FINE)])
+    for forward in (None, fine):
+        for loss in (NAN, None):
+            found = of_step(Clues(forward=forward), gradients(True, False, False), loss)
+            assert (found.origin, found.module) == (None, None)
+
+
+def test_what_was_not_looked_into_clears_and_blames_nobody():
+    unknown = Forward(evidence="live", passes=[Pass(FINE, Flag.UNKNOWN)])
+    assert of_step(Clues(forward=unknown), gradients(False, False), NAN).origin is None
+    calls = [Call("dec", Flag.UNKNOWN, BAD, 0), Call("", FINE, BAD, 0)]
+    assert of_forward(calls).origin is None
+
+
+def test_a_weight_without_a_bias_as_witness_names_nobody():
+    """Its gradient is bad because of what it was given, or of what it was handed back."""
+    (last,) = modules_of(["m.weight"], [False], [0])
+    found = of_step(Clues(), [ModuleGradient("head", True), last], 1.0)
+    assert (found.origin, found.near) == (None, ("m",))
+
+
+def test_weights_that_another_optimizer_spoilt_name_nobody():
+    found = of_step(Clues(foreign=["a"], bad_weights=["b"]), gradients(False), NAN)
+    assert found.origin is None
 
 
 def test_a_finite_bias_beside_a_bad_weight_points_to_what_the_module_was_given():
