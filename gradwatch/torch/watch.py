@@ -110,6 +110,7 @@ class TorchWatch(Watch):
         self._backend.finder = finder
         order = weakref.WeakMethod(self._backend.order)
         self.pipeline.consumer.order = lambda: () if (of := order()) is None else of()
+        self._is_one_of_several = share is not None
         self.follows_its_policy = share is None  # ranks would take it over at different steps
         if self.plan.reason:
             say(logging.WARNING, "gradwatch %s", self.plan)
@@ -263,8 +264,8 @@ class TorchWatch(Watch):
     def _first_norm(self, closed: Closed) -> torch.Tensor | None:
         """Of the first micro-batch, as the step's gradients are scaled."""
         norm = self._first.take()
-        if norm is None:
-            return None
+        if norm is None or self._is_one_of_several:
+            return None  # of one process, where the step's gradient is of all
         if self._unchanged is not None and not self._marked:
             switches = self._backend.switches
             scale = None if switches is None else switches.loss_scale
