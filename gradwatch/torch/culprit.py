@@ -15,14 +15,14 @@ import torch
 from gradwatch.policy import Culprits
 from gradwatch.records import Evidence
 from gradwatch.rules.culprit import Clues, Forward, Pass
-from gradwatch.rules.culprit_forward import Call, Flag, worst
+from gradwatch.rules.culprit_forward import Call, Flag
 from gradwatch.torch.layers import COMPILED
 from gradwatch.torch.order import BackwardOrder
 from gradwatch.torch.passes import ForwardPasses, Seen, SeenPass
 from gradwatch.torch.replay import calls_of
 from gradwatch.torch.shares import local
 from gradwatch.torch.spans import flags_of, spans_of, tensors_in
-from gradwatch.torch.tracing import read
+from gradwatch.torch.tracing import known, read
 
 __all__ = ["ClueFinder"]
 
@@ -85,7 +85,7 @@ class ClueFinder:
         traces = [one.trace for one in seen.passes if one.trace is not None]
         calls: list[Sequence[Call]] = list(read(traces)) or [()] * len(seen.passes)
         passes = [
-            Pass(_known(flag, one.opaque[0]), _known(out, one.opaque[1]), of_one)
+            Pass(known(flag, one.opaque[0]), known(out, one.opaque[1]), of_one)
             for one, flag, out, of_one in zip(seen.passes, inputs, outputs, calls, strict=True)
         ]
         unknown, again = seen.unknown, None
@@ -142,10 +142,6 @@ def _bad_weights(
         tuple(dict.fromkeys(name for name, ours in bad if ours)),
         tuple(dict.fromkeys(name for name, ours in bad if not ours)),
     )
-
-
-def _known(flag: Flag, opaque: bool) -> Flag:
-    return worst([flag, Flag.UNKNOWN]) if opaque else flag
 
 
 def _fingerprint(seen: Seen) -> str:

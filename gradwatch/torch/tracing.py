@@ -14,7 +14,7 @@ import torch
 from gradwatch.rules.culprit_forward import Call, Flag, worst
 from gradwatch.torch.spans import flags_of, is_opaque, spans_of
 
-__all__ = ["Trace", "read"]
+__all__ = ["Trace", "known", "read"]
 
 MOST_CALLS = 100_000
 """Of one pass; what comes behind them is not kept."""
@@ -77,8 +77,8 @@ def read(traces: Iterable[Trace]) -> list[list[Call]]:
         [
             Call(
                 call.module,
-                _known(next(flags), call.opaque[0]),
-                _known(next(flags), call.opaque[1]),
+                known(next(flags), call.opaque[0]),
+                known(next(flags), call.opaque[1]),
                 call.entered,
             )
             for call in trace.done
@@ -87,5 +87,6 @@ def read(traces: Iterable[Trace]) -> list[list[Call]]:
     ]
 
 
-def _known(flag: Flag, opaque: bool) -> Flag:
+def known(flag: Flag, opaque: bool) -> Flag:
+    """A flag, where something beside it was not looked into."""
     return worst([flag, Flag.UNKNOWN]) if opaque else flag
