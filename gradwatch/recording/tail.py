@@ -155,7 +155,7 @@ class Tail:
     def _checked(self, record: StepRecord) -> StepRecord:
         """
         Raises:
-            ValueError: a total of it could not be counted later.
+            ValueError, TypeError: it could not be counted or shown later.
         """
         wanted = len(self.info.layout.parameters)
         sizes = {len(record.tensor_norms_P), len(record.tensor_coefs_P), len(record.present_P)}
@@ -163,7 +163,7 @@ class Tail:
         if sizes != {wanted}:
             raise ValueError(f"expected values of {wanted} parameters. Received: {sorted(sizes)}")
         if not isinstance(record.step, int) or not isinstance(record.micro_batches, int):
-            raise ValueError("expected a whole number as step")  # noqa: TRY004
+            raise TypeError("expected a whole number as step")
         return record
 
     def _new_anomalies(self, connection: sqlite3.Connection) -> list[tuple[int, Anomaly]]:
