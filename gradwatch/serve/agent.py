@@ -33,7 +33,7 @@ SETTLED_SECONDS = 5.0
 """A file that is no recording yet for so long never will be; until then it is being made."""
 
 FRESH_SECONDS = 0.05
-"""A recording is not looked at twice within."""
+"""A scrape takes what was looked at just before as it is."""
 
 SCAN_SHARE = 0.02
 """Of the time, at most, goes into listing the directory."""
@@ -91,7 +91,7 @@ class Agent:
         form = content_type(accept)
         with self._lock:
             for run in self._runs.values():
-                if run.caught_up:
+                if run.caught_up and time.monotonic() - run.looked > FRESH_SECONDS:
                     self._read(run)
             shown = chosen(self._runs.values(), self._clock())
             lines = [self._lines(run, form) for run in shown]
@@ -224,9 +224,6 @@ class Agent:
         self._tell(f"{printable(str(path), WIDEST)}: not shown: {printable(reason, WIDEST)}")
 
     def _read(self, run: Run) -> None:
-        now = time.monotonic()
-        if now - run.looked < FRESH_SECONDS and run.caught_up:
-            return
         try:
             run.look(CHUNK, self._clock())
         except GradwatchError as error:
