@@ -287,7 +287,9 @@ def known_columns(connection: sqlite3.Connection) -> str:
 
 def connected(path: Path) -> sqlite3.Connection:
     """Read-only. A WAL in a directory that cannot be written is read as far as it is merged."""
-    for mode in ("mode=ro", "mode=ro&immutable=1"):
+    modes = ("mode=ro", "mode=ro&immutable=1")
+    # Of a recording that is whole, the usual way would leave a WAL behind that nobody removes.
+    for mode in reversed(modes) if _is_folded(path) else modes:
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=5)
         try:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -297,3 +299,13 @@ def connected(path: Path) -> sqlite3.Connection:
         else:
             return connection
     raise RecordingError(f"{path}: not a recording of gradwatch ({failure})") from failure
+
+
+def _is_folded(path: Path) -> bool:
+    """Whether it was written with a WAL and the last writer has closed it."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(20)
+    except OSError:
+        return False
+    return header[18:20] == b"\2\2" and not path.with_name(f"{path.name}-wal").exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -266,6 +268,30 @@ def test_what_an_older_recording_does_not_tell_is_absent(record, runs, scraped):
         assert value(samples, name) is None
 
 
+def test_a_recording_that_was_followed_is_one_file_in_the_end(record, runs, scraped):
+    run = record("whole")
+    run.steps(50)
+    scraped()
+    run.pipeline.close("finished")
+    scraped()
+    assert [path.name for path in runs.iterdir()] == [run.pipeline.path.name]
+
+
+def test_counters_of_a_long_recording_are_those_of_all_of_it(record, runs, scraped):
+    run = record("long")
+    run.steps(3)
+    for _ in range(30):
+        run.steps(100)
+    tally = run.pipeline.tally.snapshot()
+    run.pipeline.close("finished")
+    samples = scraped()
+    assert value(samples, "steps_total") == "3003.0"
+    assert float(value(samples, "total_norm_distribution_count")) == 3003
+    assert (
+        float(value(samples, "overhead_seconds_total")) == tally.numbers["overhead_seconds_total"]
+    )
+
+
 class TestFiles:
     @pytest.fixture
     def settled(self, runs, samples_of):
@@ -390,10 +416,20 @@ class TestCommand:
         assert served.process.wait(10) == 0
         assert served.log.read_text() == ""
 
-    def test_a_port_that_is_taken_is_refused(self, serve, runs):
-        import subprocess
-        import sys
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [(["--keep", "long"], "'long'"), (["--port", "99999"], "65535"), (["nowhere"], "nowhere")],
+        ids=["keep", "port", "directory"],
+    )
+    def test_a_mistake_is_said_in_one_line(self, runs, arguments, said):
+        command = [sys.executable, "-m", "gradwatch", "serve"]
+        command += arguments if "nowhere" in arguments else [str(runs), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
+    def test_a_port_that_is_taken_is_refused(self, serve, runs):
         port = serve(runs).url.split(":")[2].split("/")[0]
         done = subprocess.run(
             [sys.executable, "-m", "gradwatch", "serve", str(runs), "--port", port],
