@@ -14,14 +14,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from gradwatch.cards import cards_of
+from gradwatch.errors import RecordingError
 from gradwatch.policy import Detect, Policy
 from gradwatch.recording.ring import Ring
 from gradwatch.recording.store import Store
-from gradwatch.records import POLICY, SAMPLES, Anomaly, Culprit, Float32s, StepRecord
+from gradwatch.records import POLICY, SAMPLES, Anomaly, Culprit, Float32s, Status, StepRecord
 from gradwatch.reloading import Change
 from gradwatch.rules.detect_silence import Silence
 from gradwatch.rules.detection import Detection
@@ -116,6 +117,7 @@ class Consumer:
         self.chores: list[Callable[[], None]] = []
         """Run at each wake."""
 
+        self._status_noted: Status | None = None
         self._early: StepRecord | None = None
         """The open record, handled before its time."""
 
@@ -179,6 +181,7 @@ class Consumer:
                 self._guarded("readback", chore)
             with self._handling:
                 self._guarded("readback", self._round)
+            self._guarded("recording", self._note_status)
             with self._idle:
                 self._rounds += 1
                 self._idle.notify_all()
@@ -194,6 +197,15 @@ class Consumer:
             self._store.note_state(self._final_state)
             self._store.close()
         self.ended = True
+
+    def _note_status(self) -> None:
+        status = self._tally.status()
+        if self._store is None or status == self._status_noted:
+            return
+        # Counting this failure would change the status, and fail again for ever.
+        with suppress(RecordingError):
+            self._store.note_status(status)
+            self._status_noted = status
 
     def _round(self) -> None:
         early, records = self._early, self._ring.take()

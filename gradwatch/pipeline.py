@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from gradwatch.consumer import Consumer, Reporter
@@ -16,6 +17,7 @@ from gradwatch.policy import Policy, PolicyFile
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Ring
 from gradwatch.recording.store import Store, new_recording_path
+from gradwatch.recording.writer import process_table
 from gradwatch.records import RunInfo
 from gradwatch.reloading import Reloading
 from gradwatch.rules.detection import KINDS, Detection
@@ -35,7 +37,7 @@ class Pipeline:
         A recording that cannot be opened is reported, counted and left out; the run is watched
         all the same.
         """
-        self.tally = Tally(info, kinds=KINDS)
+        self.tally = Tally(replace(info, process_table=process_table()), kinds=KINDS)
         self.tally.set_enforcing(policy.enforcing)
         self.report = Reporter(self.tally)
         self.stopped = False

@@ -26,6 +26,7 @@ __all__ = [
     "Origin",
     "Parameter",
     "RunInfo",
+    "Status",
     "StepRecord",
     "layer_name",
 ]
@@ -227,11 +228,25 @@ class RunInfo:
     """Unix time in seconds."""
 
     pid: int = 0
+    process_table: str = ""
+    """Which boot and pid namespace `pid` is a number of; empty where that is not known."""
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Every reason for which a step may be skipped."""
         return ("nonfinite", "overflow", *self.rules)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What no record tells of a run."""
+
+    enforcing: bool
+    """Whether the policy's decisions are applied."""
+
+    records_dropped: int
+    hook_errors: Mapping[str, int]
+    """Errors of gradwatch itself, by component."""
 
 
 @dataclass(frozen=True, kw_only=True)

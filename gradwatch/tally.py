@@ -19,7 +19,7 @@ from typing import get_args
 
 import numpy as np
 
-from gradwatch.records import POLICY, Anomaly, Float32s, Level, RunInfo, StepRecord
+from gradwatch.records import POLICY, Anomaly, Float32s, Level, RunInfo, Status, StepRecord
 
 __all__ = [
     "COMPONENTS",
@@ -174,6 +174,30 @@ class Tally:
     def set_recording_bytes(self, size: int) -> None:
         with self._lock:
             self._numbers["recording_bytes"] = size
+
+    def status(self) -> Status:
+        """What no record tells."""
+        with self._lock:
+            return Status(
+                enforcing=bool(self._numbers["enforcing"]),
+                records_dropped=int(self._numbers["records_dropped_total"]),
+                hook_errors={
+                    component: int(count)
+                    for (component,), count in self._labelled["hook_errors_total"].items()
+                },
+            )
+
+    def set_status(self, status: Status | None) -> None:
+        """What no record tells; None where nobody knows, and then it is absent."""
+        with self._lock:
+            for name in ("enforcing", "records_dropped_total"):
+                self._numbers.pop(name, None)
+            self._labelled["hook_errors_total"] = {}
+            if status is not None:
+                self._numbers["enforcing"] = int(status.enforcing)
+                self._numbers["records_dropped_total"] = status.records_dropped
+                errors = dict.fromkeys(COMPONENTS, 0) | dict(status.hook_errors)
+                self._labelled["hook_errors_total"] = {(name,): n for name, n in errors.items()}
 
     def set_active(self, active: Mapping[str, tuple[str, ...]]) -> None:
         """Every kind with an open ALERT episode, each with its layers, worst first."""

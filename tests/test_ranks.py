@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "gradwatch"
 RANKS = {
     "errors": 0,
     "chart": 0,
+    "stopping": 0,
     "saying": 0,
     "records": 1,
     "policy": 2,
@@ -40,6 +41,7 @@ RANKS = {
     "export": 6,
     "attaching": 7,
     "dashboards": 7,
+    "serve": 7,
     "__init__": 7,
     "demo": 8,
     "cli": 8,

@@ -197,6 +197,7 @@ def _exporter_down(thresholds: Thresholds) -> Alert:
         severity="warning",
         for_seconds=thresholds.down_for_seconds,
         # An instance is a port that the next run may take: its last word decides, not each run's.
+        # A node agent answers for the dead: it says itself that a run has crashed.
         expr=(
             "count by (job, run) (\n"
             "  max by (job, instance, run) "
@@ -204,11 +205,13 @@ def _exporter_down(thresholds: Thresholds) -> Alert:
             "  and on (job, instance) "
             f"last_over_time(instance:gradwatch_unfinished:max[{memory}]) == 1\n"
             "  and on (job, instance) up == 0\n"
+            "  or\n"
+            '  max by (job, instance, run) (gradwatch_run_state{state="crashed"}) == 1\n'
             ")\n"
         ),
-        summary="Run {{ $labels.run }} cannot be scraped and did not say that it ended.",
+        summary="Run {{ $labels.run }} has died or cannot be scraped.",
         description=(
-            "Exporters that do not answer: {{ $value }}; "
+            "Exporters that do not answer, or machines it has died on: {{ $value }}; "
             f"the last step seen was {step}. "
             "First see whether the process is alive: if not, read its log and the scheduler's for "
             "a kill, and open the recording; if it is, check its port and the network."

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from gradwatch.demo.plain import say
 from gradwatch.demo.session import Options, run_once
-from gradwatch.demo.stopping import stoppable
 from gradwatch.demo.summary import further, one_line, showed, summary
+from gradwatch.stopping import stoppable
 
 __all__ = ["forever", "once"]
 

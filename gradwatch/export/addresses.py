@@ -7,7 +7,7 @@ import ipaddress
 import logging
 import socket
 
-__all__ = ["PORTS_TRIED", "is_loopback", "listen_near", "reachable"]
+__all__ = ["PORTS_TRIED", "is_loopback", "listen_near", "listening", "reachable"]
 
 logger = logging.getLogger("gradwatch")
 
@@ -23,7 +23,7 @@ def listen_near(host: str, port: int) -> socket.socket | None:
     last = min(port + PORTS_TRIED - 1, 65535) if port else 0
     for candidate in range(port, last + 1):
         try:
-            listener = _listening(host, candidate)
+            listener = listening(host, candidate)
         except (OSError, OverflowError, UnicodeError) as error:
             if getattr(error, "errno", None) == errno.EADDRINUSE:
                 continue
@@ -53,8 +53,9 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """
+def listening(host: str, port: int) -> socket.socket:
+    """Listens on that port and no other; 0 takes any free one.
+
     Raises:
         OSError: no such host, or the port is taken or not allowed.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Mapping
 
 from gradwatch.export.addresses import is_loopback, listen_near, reachable
@@ -32,6 +33,8 @@ class Endpoint:
         port: int = 9464,
         health: Callable[[], Mapping[str, object]] = dict,
         title: str = "gradwatch",
+        page: Callable[[], str] = str,
+        listener: socket.socket | None = None,
         on_error: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         """
@@ -41,6 +44,9 @@ class Endpoint:
             port: the first one to be tried, of 16; 0 for any free one.
             health: what /healthz tells beside `status: ok`.
             title: of the page.
+            page: HTML that the page shows beside its links.
+            listener: what is listened on instead of `host` and `port`; it belongs to the endpoint
+                from now on.
             on_error: told of each exception that an answer raised.
         """
         self.port: int | None = None
@@ -54,7 +60,7 @@ class Endpoint:
         self._pid = os.getpid()
         self._scrapes = Scrapes()
         self._server: Server | None = None
-        listener = listen_near(host, port)
+        listener = listen_near(host, port) if listener is None else listener
         if listener is None:
             return
         address, self.port = listener.getsockname()[:2]
@@ -63,6 +69,7 @@ class Endpoint:
             render,
             health,
             title=title,
+            page=page,
             on_loopback=is_loopback(address),
             on_error=self._failed,
         )

@@ -1,7 +1,8 @@
 """The METRICS table: every series that gradwatch exports, in one place.
 
 The exporter, the alert rules, the dashboards and the docs import this table or are tested
-against it. Names are API: base units, `_total` on counters only, `run` and `rank` on all.
+against it. Names are API: base units, `_total` on counters only, `run` and `rank` on all but those
+of a node agent about itself.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["METRICS", "PREFIX", "MetricSpec"]
+__all__ = ["AGENT_METRICS", "METRICS", "PREFIX", "MetricSpec"]
 
 PREFIX = "gradwatch_"
 Type = Literal["counter", "gauge", "histogram", "info"]
@@ -133,3 +134,22 @@ _SPECS = (
 
 METRICS: dict[str, MetricSpec] = {spec.name: spec for spec in _SPECS}
 """By name without the prefix."""
+
+_AGENT_SPECS = (
+    MetricSpec(
+        "agent_recordings",
+        "gauge",
+        "Recordings that the node agent follows, by the state of their runs; reading: it has not "
+        "read all of it yet, hidden: another one has the same run and rank.",
+        ("state",),
+    ),
+    MetricSpec(
+        "agent_unreadable_files",
+        "gauge",
+        "Files in the directory of the node agent that are recordings by name only.",
+    ),
+    MetricSpec("agent_errors_total", "counter", "Errors of the node agent itself."),
+)
+
+AGENT_METRICS: dict[str, MetricSpec] = {spec.name: spec for spec in _AGENT_SPECS}
+"""What a node agent (`gradwatch serve`) says of itself, without `run` and `rank`."""

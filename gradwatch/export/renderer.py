@@ -7,17 +7,17 @@ times faster than prometheus_client. Between chunks the trainer gets the interpr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain
 
 from prometheus_client.utils import floatToGoString
 
-from gradwatch.export.metrics import METRICS, MetricSpec
+from gradwatch.export.metrics import AGENT_METRICS, METRICS, MetricSpec
 from gradwatch.export.series import MOST_LAYERS, Family, HistogramFamily, Series
 from gradwatch.records import RunInfo
 from gradwatch.tally import Exemplar, Labels, Snapshot
 
-__all__ = ["OPENMETRICS", "TEXT", "Renderer"]
+__all__ = ["OPENMETRICS", "TEXT", "Lines", "Renderer", "agent_lines", "exposition"]
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -26,6 +26,9 @@ CHUNK = 250
 """Lines that are rendered at a stretch: about 0.1 ms."""
 
 SPECIAL = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
+Lines = Mapping[str, Sequence[str]]
+"""Samples as text, by metric."""
+
 ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 HELP_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n"})
 
@@ -50,23 +53,21 @@ class Renderer:
         run, rank = self._series.run_and_rank
         self._common = f'run="{_escaped(run)}",rank="{rank}"'
         self._heads: dict[str, tuple[tuple[Labels, ...], list[str]]] = {}
-        self._headers = {
-            form: {name: _header(spec, form) for name, spec in METRICS.items()}
-            for form in (TEXT, OPENMETRICS)
-        }
 
     def render(self, snapshot: Snapshot, form: str = TEXT) -> bytes:
         """The snapshot in one of the content types `TEXT` and `OPENMETRICS`."""
-        pieces: list[str] = []
-        for family in self._series.families(snapshot):
-            pieces.append(self._headers[form][family.spec.name])
-            if isinstance(family, HistogramFamily):
-                pieces.extend(self._histogram(family, with_exemplars=form == OPENMETRICS))
-            else:
-                pieces.extend(self._samples(family))
-        if form == OPENMETRICS:
-            pieces.append("# EOF\n")
-        return "".join(pieces).encode()
+        return exposition([self.lines(snapshot, form)], form)
+
+    def lines(self, snapshot: Snapshot, form: str = TEXT) -> Lines:
+        """The samples alone, to be shown beside those of other runs."""
+        return {
+            family.spec.name: list(
+                self._histogram(family, with_exemplars=form == OPENMETRICS)
+                if isinstance(family, HistogramFamily)
+                else self._samples(family)
+            )
+            for family in self._series.families(snapshot)
+        }
 
     def _samples(self, family: Family) -> Iterator[str]:
         heads = self._heads_of(family)
@@ -105,6 +106,31 @@ class Renderer:
         yield f"{name}_sum{{{self._common}}} {_number(histogram.sum)}\n"
 
 
+def exposition(runs: Iterable[Lines], form: str = TEXT) -> bytes:
+    """One answer of the lines of any number of runs, which differ in their labels."""
+    runs = list(runs)
+    pieces: list[str] = []
+    for name, header in _HEADERS[form].items():
+        lines = [line for run in runs for line in run.get(name, ())]
+        if lines:
+            pieces += (header, *lines)
+    if form == OPENMETRICS:
+        pieces.append("# EOF\n")
+    return "".join(pieces).encode()
+
+
+def agent_lines(values: Mapping[str, Mapping[Labels, float]]) -> Lines:
+    """Lines of what a node agent says of itself: values by AGENT_METRICS and labels."""
+    return {name: list(_plain(AGENT_METRICS[name], values[name])) for name in values}
+
+
+def _plain(spec: MetricSpec, values: Mapping[Labels, float]) -> Iterator[str]:
+    for labels, value in values.items():
+        pairs = zip(spec.labels, labels, strict=True)
+        own = ",".join(f'{name}="{_escaped(label)}"' for name, label in pairs)
+        yield f"{spec.full_name}{f'{{{own}}}' if own else ''} {_number(value)}\n"
+
+
 def _lines(heads: list[str], values: list[float]) -> str:
     text: Iterable[str] = map(repr if all(map(math.isfinite, values)) else _number, values)
     return "".join(chain.from_iterable(zip(heads, text, ["\n"] * len(heads), strict=True)))
@@ -131,3 +157,9 @@ def _header(spec: MetricSpec, form: str) -> str:
         kind = "gauge" if spec.type == "info" else spec.type
         name, help_ = spec.full_name, spec.help.translate(HELP_ESCAPES)
     return f"# HELP {name} {help_}\n# TYPE {name} {kind}\n"
+
+
+_HEADERS = {
+    form: {name: _header(spec, form) for name, spec in (METRICS | AGENT_METRICS).items()}
+    for form in (TEXT, OPENMETRICS)
+}

@@ -22,7 +22,7 @@ JSON = "application/json"
 
 
 class Site:
-    """What the endpoint of one run answers."""
+    """What an endpoint answers."""
 
     def __init__(
         self,
@@ -30,6 +30,7 @@ class Site:
         health: Callable[[], Mapping[str, object]],
         *,
         title: str,
+        page: Callable[[], str] = str,
         on_loopback: bool,
         on_error: Callable[[Exception], None],
     ) -> None:
@@ -38,12 +39,13 @@ class Site:
             render: the Accept header to content type and body.
             health: what is told beside `status: ok`.
             title: of the page.
+            page: HTML that the page shows beside its links.
             on_loopback: whether only this machine can ask. Then a foreign Host is refused, and
                 nothing is compressed, since it would cost the trainer more than it saves.
             on_error: told of an exception of `render` or `health`.
         """
         self._pages = {
-            "/": lambda _: Response(body=_page(title), content_type=HTML),
+            "/": lambda _: Response(body=_page(title, page()), content_type=HTML),
             "/metrics": self._metrics,
             "/healthz": self._healthz,
         }
@@ -113,10 +115,10 @@ def _accepted(header: str) -> set[str]:
     return {name.strip() for name, _, weight in entries if weight.strip() not in refused}
 
 
-def _page(title: str) -> bytes:
+def _page(title: str, shown: str) -> bytes:
     safe = html.escape(title.encode("utf-8", "backslashreplace").decode())
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{safe}</title>'
         f'<body><h1>gradwatch: {safe}</h1><p><a href="/metrics">metrics</a></p>'
-        f'<p><a href="/healthz">health</a></p></body></html>\n'
+        f'<p><a href="/healthz">health</a></p>{shown}</body></html>\n'
     ).encode()

@@ -24,7 +24,7 @@ from gradwatch.records import Anomaly, Culprit, RunInfo, StepRecord
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Recording", "open_recording"]
+__all__ = ["Recording", "connected", "known_columns", "open_recording"]
 
 SERIES = (
     "time",
@@ -72,10 +72,10 @@ class Recording:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._connection = _connected(path)
+        self._connection = connected(path)
         try:
             self.info = self._checked()
-            self._steps = _steps_query(self._connection)
+            self._steps = f"SELECT {known_columns(self._connection)} FROM steps"
         except sqlite3.Error as error:
             self.close()
             raise RecordingError(f"{path}: cannot be read ({error})") from error
@@ -279,16 +279,17 @@ def _key(record: StepRecord) -> tuple[int, float]:
     return record.step, record.time
 
 
-def _steps_query(connection: sqlite3.Connection) -> str:
-    """Of all columns; a recording of an earlier version has not each of them."""
+def known_columns(connection: sqlite3.Connection) -> str:
+    """COLUMNS, to be selected; a recording of an earlier version has not each of them."""
     known = {row[1] for row in connection.execute("PRAGMA table_info(steps)")}
-    columns = (name if name in known else f"NULL AS {name}" for name in COLUMNS)
-    return f"SELECT {', '.join(columns)} FROM steps"
+    return ", ".join(name if name in known else f"NULL AS {name}" for name in COLUMNS)
 
 
-def _connected(path: Path) -> sqlite3.Connection:
+def connected(path: Path) -> sqlite3.Connection:
     """Read-only. A WAL in a directory that cannot be written is read as far as it is merged."""
-    for mode in ("mode=ro", "mode=ro&immutable=1"):
+    modes = ("mode=ro", "mode=ro&immutable=1")
+    # Of a recording that is whole, the usual way would leave a WAL behind that nobody removes.
+    for mode in reversed(modes) if _is_folded(path) else modes:
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=5)
         try:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -298,3 +299,13 @@ def _connected(path: Path) -> sqlite3.Connection:
         else:
             return connection
     raise RecordingError(f"{path}: not a recording of gradwatch ({failure})") from failure
+
+
+def _is_folded(path: Path) -> bool:
+    """Whether it was written with a WAL and the last writer has closed it."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(20)
+    except OSError:
+        return False
+    return header[18:20] == b"\2\2" and not path.with_name(f"{path.name}-wal").exists()

@@ -28,7 +28,7 @@ from gradwatch.recording.runinfo import info_from_json, info_to_json
 from gradwatch.records import RunInfo, StepRecord
 from gradwatch.saying import say
 
-__all__ = ["Ring", "Row", "read_ring"]
+__all__ = ["Ring", "Row", "read_ring", "records_begun"]
 
 MAGIC = b"gradwatch-ring-2"
 SLOTS = 256
@@ -322,6 +322,22 @@ def read_ring(path: str | os.PathLike[str]) -> tuple[RunInfo, list[StepRecord]]:
     numbers = range(max(1, begun - slots + 1), begun + 2)
     copies = (memory.copied(number) for number in numbers)
     return info, [record for record in copies if record is not None]
+
+
+def records_begun(path: str | os.PathLike[str]) -> int:
+    """How many records a ring's file was given so far; its header alone is read.
+
+    Raises:
+        RecordingError: the file is not a ring.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            header = file.read(HEADER.size)
+    except OSError as error:
+        raise RecordingError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
+        raise RecordingError(f"{path}: not a ring of gradwatch")
+    return int(HEADER.unpack(header)[3])
 
 
 def _new_mapping(path: Path, size: int) -> mmap.mmap:

@@ -1,4 +1,4 @@
-"""RunInfo to JSON and back: what a recording must hold to be read without the run."""
+"""RunInfo and Status to JSON and back: what a recording must hold to be read without the run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from gradwatch.errors import RecordingError
-from gradwatch.records import Layout, Parameter, RunInfo
+from gradwatch.records import Layout, Parameter, RunInfo, Status
 
-__all__ = ["info_from_json", "info_to_json"]
+__all__ = ["info_from_json", "info_to_json", "status_from_json", "status_to_json"]
 
 NAMES = ("rules", "multiplying", "measures")
 
@@ -35,6 +35,27 @@ def info_from_json(text: str | bytes) -> RunInfo:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordingError(f"the description of the run cannot be read ({error})") from error
+
+
+def status_to_json(status: Status) -> str:
+    return json.dumps(asdict(status))
+
+
+def status_from_json(text: str | bytes) -> Status:
+    """
+    Raises:
+        RecordingError: the text is not what `status_to_json` writes.
+    """
+    try:
+        data: dict[str, Any] = json.loads(text)
+        errors = data["hook_errors"].items()
+        return Status(
+            enforcing=bool(data["enforcing"]),
+            records_dropped=int(data["records_dropped"]),
+            hook_errors={str(component): int(count) for component, count in errors},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecordingError(f"the status of the run cannot be read ({error})") from error
 
 
 def _names(names: list[Any]) -> tuple[str, ...]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from gradwatch.errors import RecordingError
 from gradwatch.recording.cards import CARDS, INSERT_CARD, Card, card_row
 from gradwatch.recording.rows import ANOMALY_COLUMNS, COLUMNS, anomaly_row, row_of
-from gradwatch.recording.runinfo import info_to_json
-from gradwatch.records import Anomaly, RunInfo, StepRecord
+from gradwatch.recording.runinfo import info_to_json, status_to_json
+from gradwatch.records import Anomaly, RunInfo, Status, StepRecord
 
-__all__ = ["SCHEMA", "SCHEMA_VERSION", "Store", "new_recording_path"]
+__all__ = ["SCHEMA", "SCHEMA_VERSION", "Store", "bytes_of", "new_recording_path"]
 
 SCHEMA_VERSION = 4
 MAX_BYTES = 2 * 1024**3
@@ -144,17 +144,30 @@ class Store:
         except sqlite3.Error as error:
             raise RecordingError(f"{self.path}: its state was not stored ({error})") from error
 
+    def note_status(self, status: Status) -> None:
+        """What no record tells of the run, as it is now."""
+        values = ("status", status_to_json(status))
+        try:
+            self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", values)
+        except sqlite3.Error as error:
+            raise RecordingError(f"{self.path}: its status was not stored ({error})") from error
+
     @property
     def bytes(self) -> int:
         """Of the pages that hold something."""
-        pages, free, size = (
-            self._connection.execute(f"PRAGMA {pragma}").fetchone()[0]
-            for pragma in ("page_count", "freelist_count", "page_size")
-        )
-        return int((pages - free) * size)
+        return bytes_of(self._connection)
 
     def close(self) -> None:
         self._connection.close()
+
+
+def bytes_of(connection: sqlite3.Connection) -> int:
+    """Of the pages of a database that hold something."""
+    pages, free, size = (
+        connection.execute(f"PRAGMA {pragma}").fetchone()[0]
+        for pragma in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * size)
 
 
 def new_recording_path(

@@ -30,7 +30,7 @@ def one_line(text: str) -> str:
 def test_help_names_every_command(cli, arguments):
     done = cli(*arguments)
     assert done.returncode == 0
-    for command in ("demo", "check", "explain", "export", "schema", "dashboards", "rules"):
+    for command in ("demo", "check", "explain", "export", "schema", "serve", "dashboards", "rules"):
         assert command in done.stdout
 
 

@@ -22,8 +22,8 @@ def home(mounts: dict[str, dict[str, Path]], tmp_path: Path) -> Path:
             shutil.copytree(source, target)
         else:
             shutil.copy(source, target)
-    example = tmp_path / "targets" / "workstation.json.example"
-    example.rename(example.with_suffix(""))
+    for example in (tmp_path / "targets").rglob("*.example"):
+        example.rename(example.with_suffix(""))
     return tmp_path
 
 
@@ -68,11 +68,26 @@ def test_what_a_run_says_about_itself_wins_over_labels_of_its_target(
     configuration: dict[str, Any],
 ) -> None:
     runs = [j for j in configuration["scrape_configs"] if j["job_name"].startswith("gradwatch")]
-    assert len(runs) == 2
+    assert len(runs) == 3
     assert all(job["honor_labels"] for job in runs)
 
 
-def test_the_example_is_a_target_file(home: Path) -> None:
-    (group,) = json.loads((home / "targets" / "workstation.json").read_text())
-    assert group["targets"] == ["workstation.lan:9464"]
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("workstation.json", "workstation.lan:9464"), ("nodes/node.json", "node7.lan:8050")],
+)
+def test_the_examples_are_target_files(home: Path, name: str, target: str) -> None:
+    (group,) = json.loads((home / "targets" / name).read_text())
+    assert group["targets"] == [target]
     assert {"run", "rank"}.isdisjoint(group["labels"])
+
+
+def test_no_target_is_in_two_jobs(configuration: dict[str, Any], home: Path) -> None:
+    found = [
+        path
+        for job in configuration["scrape_configs"]
+        for discovery in job.get("file_sd_configs", [])
+        for pattern in discovery["files"]
+        for path in home.glob(pattern)
+    ]
+    assert len(found) == len(set(found)) == 2

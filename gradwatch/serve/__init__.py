@@ -1,0 +1,1 @@
+"""The node agent: one /metrics for every recording in a directory."""
