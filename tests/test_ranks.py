@@ -38,13 +38,17 @@ RANKS = {
     "report": 6,
     "export": 6,
     "attaching": 7,
+    "contradictions": 7,
+    "trainers": 7,
+    "lightning": 7,
+    "transformers": 7,
     "dashboards": 7,
     "__init__": 7,
     "demo": 8,
     "cli": 8,
     "__main__": 8,
 }
-FRAMEWORKS = {"torch", "tensorflow", "keras", "lightning", "transformers"}
+FRAMEWORKS = {"torch", "tensorflow", "keras", "lightning", "transformers", "accelerate"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
