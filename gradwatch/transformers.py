@@ -89,7 +89,8 @@ class GradWatch(TrainerCallback):  # type: ignore[misc]  # the package is not fo
         trainer, checkpoint = _calling()
         (self.watch,) = self._attachment.attach(model, [optimizer])
         self._training = True
-        self.watch.window.is_exact = _divides_by_what_came(trainer)
+        loop_divides = policy.accumulate is not None and policy.accumulate.drive == "loop"
+        self.watch.window.is_exact = loop_divides and _divides_by_what_came(trainer)
         self._take_over(args, trainer, getattr(optimizer, "scaler", None))
         if state.global_step:
             guess = Path(args.output_dir) / f"checkpoint-{state.global_step}"

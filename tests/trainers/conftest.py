@@ -99,6 +99,15 @@ def by_hand(
     return norms
 
 
+def largest_difference(one: torch.nn.Module, other: torch.nn.Module) -> float:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    return largest_difference(one, other) == 0.0
+
+
 class OfLightning(pl.LightningModule):
     """Automatic optimization."""
 

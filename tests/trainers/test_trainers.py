@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
-import torch
 
 CLIP = {"version": 1, "clip": [{"limit": 1.0}]}
 
@@ -29,7 +27,7 @@ def test_four_steps_are_those_of_the_loop_by_hand(name, kind, scaled, policy, ki
         kit.make_scaler() if scaled else None,
         half=scaled and "Lightning" in name,  # its loss scaler comes with autocast
     )
-    largest = _largest_difference(net, plain)
+    largest = kit.largest_difference(net, plain)
     print(f"{name}, {kind}: parameters differ by {largest:.1e}")
     records = watch.history(9)
     assert largest <= (2e-8 if kind == "fused AdamW" else 0.0)
@@ -38,8 +36,3 @@ def test_four_steps_are_those_of_the_loop_by_hand(name, kind, scaled, policy, ki
     assert [record.skipped for record in records] == [None] * 4
     assert all(record.clipped == (policy is not None) for record in records)
     assert max(norms) > 2.0
-
-
-def _largest_difference(net: torch.nn.Module, plain: torch.nn.Module) -> Any:
-    pairs = zip(net.parameters(), plain.parameters(), strict=True)
-    return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
