@@ -223,3 +223,53 @@ def test_a_framework_that_is_missing_costs_one_helpful_line(framework):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"ImportError: gradwatch.{framework} needs ")
     assert "pip install 'gradwatch[" in last
+
+
+class Scheduled:
+    """A learning rate of 1, 1/2, 1/4, ... by step, and one bad gradient in the second window."""
+
+    def by_transformers(self, kit, net, optimizer, scaler, folder):
+        callback = gradwatch.transformers.GradWatch(SKIPS, **kit.QUIET)
+        trainer = kit.hf_trainer(net, optimizer, callback, folder)
+        trainer.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        trainer.accelerator.scaler = scaler
+        trainer.train()
+        return callback.watch
+
+    def by_lightning(self, kit, net, optimizer, scaler, folder):
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+        class Module(kit.OfLightning):
+            def configure_optimizers(self):
+                return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+        callback = gradwatch.lightning.GradWatch(SKIPS, **kit.QUIET)
+        settings = {"accumulate_grad_batches": 2, **kit._plugins(scaler)}
+        kit.fit(Module(net, optimizer), callback, **settings)
+        return callback.watch
+
+
+@pytest.mark.parametrize(
+    ("train", "dropped_by_scaler", "rates"),
+    [
+        ("by_transformers", False, [1, 0.5, 0.25, 0.125]),
+        ("by_lightning", False, [1, 0.5, 0.25, 0.125]),
+        ("by_transformers", True, [1, 0.5, 0.25]),
+        ("by_lightning", True, [1, 0.25, 0.125]),
+    ],
+)
+def test_a_schedule_waits_for_the_scaler_where_documented_and_for_the_policy_never(
+    kit, train, dropped_by_scaler, rates, tmp_path
+):
+    net = kit.Net()
+    passes = []
+    net.stem.bias.register_hook(
+        lambda grad: grad * math.inf if passes.append(0) or len(passes) == 3 else grad
+    )
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    scaler = kit.make_scaler() if dropped_by_scaler else None
+    watch = getattr(Scheduled(), train)(kit, net, optimizer, scaler, tmp_path)
+    records = watch.history(9)
+    assert records[1].skipped == ("overflow" if dropped_by_scaler else "nonfinite")
+    taken = [r.learning_rate for r in records if r.skipped != "overflow"]
+    assert taken == rates
