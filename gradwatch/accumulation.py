@@ -50,6 +50,10 @@ class Window:
         self.first_weight = 1.0
         """Of the first micro-batch."""
 
+        self.is_exact = False
+        """Whether a loop that divides does so by the micro-batches that came, not by the planned
+        ones: a short window of it needs no repair."""
+
         self._steps = 1
         self._planned = 1.0
         self._weight = 0.0
@@ -117,7 +121,7 @@ class Window:
             divided: whether the losses were divided as `add` said.
         """
         weigh = "mean" if self._accumulate is None else self._accumulate.weigh
-        exact = weigh == "sum" or self._weight == 0.0
+        exact = weigh == "sum" or self._weight == 0.0 or self.is_exact
         planned = self._planned if divided else 1.0
         factor = 1.0 if exact else planned / self._weight
         steps = 0 if self._accumulate is None or self.target is not None else self._steps

@@ -13,12 +13,13 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gradwatch.contradictions import refuse_other_windows
 from gradwatch.errors import AttachError
 from gradwatch.export.exporter import Exporter
 from gradwatch.policy import Policy, PolicyFile, load_policy
 from gradwatch.watch import Watch
 
-__all__ = ["attach", "clip_grads_"]
+__all__ = ["attach", "clip_grads_", "run_name"]
 
 LINGER_SECONDS = 20.0
 
@@ -53,7 +54,7 @@ def attach(
         linger: how many seconds an ending run waits, at most, for one last scrape. It waits only
             where it was scraped before.
         scaler: the `torch.amp.GradScaler` of the loop. Without it the steps that it drops are seen
-            with a fused optimizer only.
+            with a fused optimizer only. That of an optimizer that Accelerate has prepared is known.
         distributed: False watches this process by itself; by default all processes of
             torch.distributed are watched together, and each of them has to attach.
         shard_keys: by glob on names, which piece this process has of parameters that are called
@@ -66,12 +67,13 @@ def attach(
     """
     file = PolicyFile(policy) if isinstance(policy, (str, os.PathLike)) else None
     loaded = load_policy(policy) if file is None else file.policy
+    _refuse_windows_of_accelerate(loaded, optimizer)
     started = time.time()
     watch: Watch = _framework_watch(model)(
         model,
         optimizer,
         loaded,
-        run=_run_name(started) if run is None else str(run),
+        run=run_name(started) if run is None else str(run),
         recording=None if recording is None else Path(recording).absolute(),
         version=importlib.metadata.version("gradwatch"),
         started=started,
@@ -124,9 +126,21 @@ def _framework_watch(model: Any) -> Any:
     )
 
 
-def _run_name(started: float) -> str:
+def run_name(started: float | None = None) -> str:
+    """What a run is called that has no name: script and start time."""
     script = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "run"
     return f"{script}-{time.strftime('%m%d-%H%M%S', time.localtime(started))}"
+
+
+def _refuse_windows_of_accelerate(policy: Policy, optimizer: Any) -> None:
+    """
+    Raises:
+        PolicyError: the Accelerator that prepared the optimizer accumulates in another way.
+    """
+    num_steps = getattr(getattr(optimizer, "gradient_state", None), "num_steps", None)
+    if isinstance(num_steps, int) and num_steps > 1:
+        setting = f"Accelerator(gradient_accumulation_steps={num_steps})"
+        refuse_other_windows(policy, setting, num_steps)
 
 
 def _serve(

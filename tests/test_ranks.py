@@ -40,6 +40,10 @@ RANKS = {
     "report": 6,
     "export": 6,
     "attaching": 7,
+    "contradictions": 7,
+    "trainers": 7,
+    "lightning": 7,
+    "transformers": 7,
     "dashboards": 7,
     "serve": 7,
     "__init__": 7,
@@ -47,7 +51,7 @@ RANKS = {
     "cli": 8,
     "__main__": 8,
 }
-FRAMEWORKS = {"torch", "tensorflow", "keras", "lightning", "transformers"}
+FRAMEWORKS = {"torch", "tensorflow", "keras", "lightning", "transformers", "accelerate"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from gradwatch.errors import AttachError
+from gradwatch.torch.containers import is_watchable
 
 __all__ = ["BackwardCounter", "Passes", "StepHooks", "innermost", "refuse_watched"]
 
@@ -35,7 +36,7 @@ def innermost(optimizer: Any) -> torch.optim.Optimizer:
         AttachError: there is none, or it is one that cannot be watched.
     """
     inner = optimizer
-    while not hasattr(inner, "_optimizer_step_pre_hooks"):
+    while not is_watchable(inner):
         inner = getattr(inner, "optimizer", None)
         if inner is None:
             raise AttachError(

@@ -8,11 +8,9 @@ import torch
 
 from gradwatch.errors import AttachError
 from gradwatch.records import Parameter
+from gradwatch.torch.containers import refuse_engine
 
 __all__ = ["COMPILED", "watched_parameters"]
-
-ENGINES = ("deepspeed", "megatron", "fairscale")
-"""Packages whose modules keep gradients in flat buffers."""
 
 COMPILED = "_orig_mod."
 """What `torch.compile` puts before the names of the module it wraps."""
@@ -60,13 +58,7 @@ def watched_parameters(
 
 
 def _refuse_unwatchable(model: torch.nn.Module, names: dict[torch.nn.Parameter, list[str]]) -> None:
-    kind = type(model).__name__
-    engine = type(model).__module__.partition(".")[0]
-    if engine in ENGINES:
-        raise AttachError(
-            f"{engine}'s {kind} keeps gradients in flat buffers of its own, where no parameter has "
-            "one to be measured. Attach to the plain module with its torch optimizer instead."
-        )
+    refuse_engine(model, "Attach to the plain module with its torch optimizer instead")
     for parameter, (name, *_) in names.items():
         if hasattr(parameter, "_in_backward_optimizers"):
             raise AttachError(

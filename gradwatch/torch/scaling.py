@@ -12,9 +12,29 @@ from typing import Any
 
 from gradwatch.errors import AttachError
 
-__all__ = ["ScalerFollower"]
+__all__ = ["ScalerFollower", "follower"]
 
 ASKED = ("get_scale", "get_growth_factor", "get_backoff_factor", "get_growth_interval")
+
+
+def follower(scaler: Any, optimizer: Any) -> ScalerFollower | None:
+    """Of the scaler that is given, or else of the one that a wrapped optimizer steps with.
+
+    Raises:
+        AttachError: what is given is no GradScaler.
+    """
+    if scaler is not None:
+        return ScalerFollower(scaler)
+    while optimizer is not None:
+        found = getattr(optimizer, "scaler", None)
+        if found is not None and not _missing(found):
+            return ScalerFollower(found)
+        optimizer = getattr(optimizer, "optimizer", None)
+    return None
+
+
+def _missing(scaler: Any) -> list[str]:
+    return [name for name in ASKED if not callable(getattr(scaler, name, None))]
 
 
 class ScalerFollower:
@@ -25,8 +45,7 @@ class ScalerFollower:
         Raises:
             AttachError: it is no GradScaler.
         """
-        missing = [name for name in ASKED if not callable(getattr(scaler, name, None))]
-        if missing:
+        if missing := _missing(scaler):
             raise AttachError(
                 f"scaler= must be a torch.amp.GradScaler. Received: {type(scaler).__name__}, "
                 f"which has no {missing[0]}()."

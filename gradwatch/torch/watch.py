@@ -22,6 +22,7 @@ from gradwatch.rules.detect_sampled import samples_every
 from gradwatch.saying import say
 from gradwatch.torch.accumulate import MarkedLoop, UnchangedLoop
 from gradwatch.torch.backend import TorchBackend
+from gradwatch.torch.containers import learning_rate
 from gradwatch.torch.culprit import ClueFinder
 from gradwatch.torch.gradients import drop
 from gradwatch.torch.hooks import BackwardCounter, StepHooks, innermost, refuse_watched
@@ -33,7 +34,7 @@ from gradwatch.torch.refusals import (
     refuse_to_enforce,
     refuse_unknown_updates,
 )
-from gradwatch.torch.scaling import ScalerFollower
+from gradwatch.torch.scaling import follower
 from gradwatch.torch.shared import SharedBackend
 from gradwatch.torch.state import as_arrays, as_tensors
 from gradwatch.torch.together import culprits_for, together
@@ -98,7 +99,7 @@ class TorchWatch(Watch):
         self._described = parameters
         self._model = weakref.ref(model)
         self._num_known = 0 if self._optimizer is None else _count(self._optimizer)
-        self._scaler = None if scaler is None else ScalerFollower(scaler)
+        self._scaler = follower(scaler, optimizer)
         self.plan = plan_for(policy, layout, self._optimizer, tensors)
         if share is not None and share.agrees:
             self._backend: TorchBackend = SharedBackend(tensors, self._optimizer, self.plan, share)
@@ -120,9 +121,10 @@ class TorchWatch(Watch):
         divides = self._accumulate is not None and self._accumulate.drive == "loop"
         self._counter = BackwardCounter(tensors, update, self._first_of_loop if divides else None)
         self._passes, self._overflows, self._loss_scale = 1, 0, math.nan
+        self._is_ahead = False
         self._hooks: StepHooks | None = None
         if self._optimizer is not None:
-            self._hooks = StepHooks(self._optimizer, self.process, self._disarm)
+            self._hooks = StepHooks(self._optimizer, self._at_step, self._disarm)
             self._engine.samples.every = samples_every(policy.detect)
 
         self._unchanged: UnchangedLoop | None = None
@@ -139,6 +141,19 @@ class TorchWatch(Watch):
                             "they are neither watched nor clipped")  # fmt: skip
         if self._is_due():
             super().process()
+
+    def process_ahead(self) -> None:
+        """`process` of a step that is due, before something else touches its gradients.
+
+        For trainers that clip: the call of `step()` that follows does nothing more.
+        """
+        self.process()
+        self._is_ahead = True
+
+    def _at_step(self) -> None:
+        is_ahead, self._is_ahead = self._is_ahead, False
+        if not is_ahead:
+            self.process()
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = as_tensors(super().state_dict())
@@ -283,7 +298,7 @@ class TorchWatch(Watch):
             micro_batches=closed.micro_batches,
             weight=closed.weight,
             factor=closed.factor if self._engine.enforcing else 1.0,
-            learning_rate=_learning_rate(self._optimizer),
+            learning_rate=learning_rate(self._optimizer),
             loss_scale=self._loss_scale,
             overflows=self._overflows,
         )
@@ -350,14 +365,3 @@ class TorchWatch(Watch):
 
 def _count(optimizer: torch.optim.Optimizer) -> int:
     return sum(len(group["params"]) for group in optimizer.param_groups)
-
-
-def _learning_rate(optimizer: torch.optim.Optimizer | None) -> float:
-    """Of the first group; NaN where there is none or where reading it would wait for a device."""
-    rate = math.nan if optimizer is None else optimizer.param_groups[0].get("lr", math.nan)
-    if isinstance(rate, torch.Tensor) and rate.device.type != "cpu":
-        return math.nan
-    try:
-        return float(rate)
-    except (TypeError, ValueError, RuntimeError):  # None where an optimizer finds its own
-        return math.nan

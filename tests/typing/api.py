@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 import gradwatch
+import gradwatch.lightning
+import gradwatch.transformers
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
@@ -24,6 +26,13 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
         with gradwatch.open_recording(path) as recording:
             norms += [step.total_norm for step in recording.records()]
     return record.total_norm if record else sum(norms)
+
+
+def callbacks(scaler: object) -> list[gradwatch.Watch | None]:
+    fitting = gradwatch.lightning.GradWatch("policy.yaml", run="typed", scaler=scaler)
+    training = gradwatch.transformers.GradWatch({"version": 1}, port=None, recording=None)
+    watches: tuple[gradwatch.Watch, ...] = fitting.watches
+    return [fitting.watch, training.watch, *watches]
 
 
 def page(anomaly: gradwatch.Anomaly) -> None:
