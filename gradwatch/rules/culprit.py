@@ -2,9 +2,9 @@
 
     Clues: weights, forward passes, gradients in backward order, the loss  ->  Culprit
 
-Nothing is guessed: where two explanations remain, no module is named and both are said. Weights
-that are bad before an update, and a module that makes bad outputs of good inputs, are evidence. The
-loss is found by exclusion, and only where it was logged before the step.
+Where two explanations remain, no module is named and both are said. Weights that are bad before an
+update and were used, and a module that makes bad outputs of good inputs, are evidence. The loss is
+found by exclusion, and only where it was logged before the step.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gradwatch.records import Culprit, Evidence
-from gradwatch.rules.culprit_forward import Call, Flag, name_of, of_forward
+from gradwatch.rules.culprit_forward import MASKED, Call, Flag, of_forward
+from gradwatch.rules.culprit_weights import LISTED, BadWeight, name_of, of_weights
 
 __all__ = ["Clues", "Forward", "ModuleGradient", "Pass", "modules_of", "of_gradients", "of_step"]
 
 LOSS = "the loss"
-LISTED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,8 @@ class ModuleGradient:
 class Clues:
     """What a framework knows of a step that is not finite."""
 
-    bad_weights: Sequence[str] | None = None
-    """Modules that held weights that are not finite before the update; None where that is not
-    known."""
+    bad_weights: Sequence[BadWeight] | None = None
+    """None where they are not known: the update was made."""
 
     foreign: Sequence[str] = ()
     """Modules with weights that are not finite and that something else updates."""
@@ -80,6 +79,9 @@ class Clues:
 
     order: Sequence[int] = ()
     """Parameters by their place in the layout, in the order that a backward pass comes to them."""
+
+    is_order_sure: bool = False
+    """Whether more than one backward pass had it, and none had another."""
 
     batch: str = ""
     """Hash of what the model was called with last."""
@@ -99,8 +101,12 @@ def of_step(clues: Clues, gradients: Sequence[ModuleGradient], loss: float | Non
             message=f"not determined: weights of {clues.foreign[0]}, which another optimizer "
             "updates, hold NaN or inf",
         )
+    sure = clues.is_order_sure
+    fine = forward is not None and bool(forward.passes) and _is_known(forward)
+    found = of_gradients(gradients, loss, forward_is_fine=fine, is_order_sure=sure)
+    in_weights = of_weights(bad_weights, found.near if found.origin is not None else ())
     if forward is None or not forward.passes:
-        found = _of_weights(bad_weights) or of_gradients(gradients, loss)
+        found = in_weights or found
         if found.origin is not None:
             return found
         if forward is None:
@@ -109,15 +115,14 @@ def of_step(clues: Clues, gradients: Sequence[ModuleGradient], loss: float | Non
     in_forward = _of_passes(forward, bad_weights)
     if in_forward is not None:
         return replace(in_forward, evidence=forward.evidence)
-    if (in_weights := _of_weights(bad_weights)) is not None:
-        if loss is None or math.isfinite(loss):
+    if in_weights is not None:
+        if loss is None or math.isfinite(loss) or in_weights.origin is None:
             return in_weights  # tanh hides an inf on the way forward, not on the way back
         return replace(
             in_weights, origin=None, module=None,
             message=f"not determined: {in_weights.message}, and the loss is {loss} while what the "
             "model puts out is finite",
         )  # fmt: skip
-    found = of_gradients(gradients, loss, forward_is_fine=_is_known(forward))
     if found.origin is not None or not _all_bad(gradients):
         return found
     if (first := _minus(forward.passes)) is not None:
@@ -125,22 +130,25 @@ def of_step(clues: Clues, gradients: Sequence[ModuleGradient], loss: float | Non
         return _with(found, f"{said}purpose, or a logarithm of 0")
     if forward.unseen:
         return _with(found, f"; {forward.unseen} forward passes of the step were not kept")
-    if not _is_known(forward):
+    if not fine:
         return _with(found, "; what went in or came out of the model could not be looked into")
-    return _outside_of_the_model(found, gradients[0].module, loss, forward.evidence)
+    first = gradients[0].module if sure else "the model"
+    return _outside_of_the_model(found, first, loss, forward.evidence)
 
 
 def _is_known(forward: Forward) -> bool:
     """Whether every pass of the step is known to be fine."""
-    fine = all(one.inputs is Flag.FINE and one.outputs is Flag.FINE for one in forward.passes)
+    fine = all(
+        one.inputs in (Flag.FINE, Flag.MASK) and one.outputs is Flag.FINE for one in forward.passes
+    )
     return fine and not forward.unseen
 
 
 def _minus(passes: Sequence[Pass]) -> str | None:
     """Who held -inf first, in a pass in which the model puts it out."""
     for one in passes:
-        if one.outputs is Flag.MINUS:
-            return next((name_of(c.module) for c in one.calls if c.outputs is Flag.MINUS), "it")
+        if one.outputs in MASKED:
+            return next((name_of(c.module) for c in one.calls if c.outputs in MASKED), "it")
     return None
 
 
@@ -206,13 +214,31 @@ def modules_of(
 
 
 def of_gradients(
-    gradients: Sequence[ModuleGradient], loss: float | None, *, forward_is_fine: bool = False
+    gradients: Sequence[ModuleGradient],
+    loss: float | None,
+    *,
+    forward_is_fine: bool = False,
+    is_order_sure: bool = False,
 ) -> Culprit:
     """Where along the backward pass gradients went bad, where that can be told from them.
 
     Args:
         forward_is_fine: whether all that the model was given and has put out is known to be finite.
+        is_order_sure: whether every backward pass is known to have the order of `gradients`.
     """
+    found = _along_the_pass(gradients, loss, forward_is_fine)
+    if found.origin is None or is_order_sure:
+        return found
+    return Culprit(
+        near=found.near,
+        message=f"not determined: {found.message}, in the order of another backward pass; whether "
+        "that of this step had the same is not known",
+    )
+
+
+def _along_the_pass(
+    gradients: Sequence[ModuleGradient], loss: float | None, forward_is_fine: bool
+) -> Culprit:
     if not gradients:
         return Culprit(message="not determined: gradients hold NaN or inf, and the order of their "
                        "backward pass is not known")  # fmt: skip
@@ -277,7 +303,7 @@ def of_gradients(
     return Culprit(message=f"not determined: every gradient holds NaN or inf, and {said}")
 
 
-def _of_passes(forward: Forward, bad_weights: Sequence[str]) -> Culprit | None:
+def _of_passes(forward: Forward, bad_weights: Sequence[BadWeight]) -> Culprit | None:
     """What the first bad pass says; None where all of them are fine."""
     count = len(forward.passes) + forward.unseen
     for number, one in enumerate(forward.passes, start=1):
@@ -285,6 +311,9 @@ def _of_passes(forward: Forward, bad_weights: Sequence[str]) -> Culprit | None:
         if one.inputs is Flag.BAD:
             said = f"what the model was called with holds NaN or inf{which}"
             return Culprit(origin="input", message=said)
+        if one.calls and one.calls[-1].inputs is Flag.BAD:
+            said = "what the model was called with is finite, and not what reached it"
+            return Culprit(message=f"not determined: {said}: what wraps it, or a hook{which}")
         again = number - 1 == forward.repeated
         found = of_forward(one.calls, bad_weights) if one.calls else None
         if again and (found is None) != (one.outputs is not Flag.BAD):
@@ -292,8 +321,8 @@ def _of_passes(forward: Forward, bad_weights: Sequence[str]) -> Culprit | None:
         if found is not None:
             return _with(found, which)
         if one.outputs is Flag.BAD:
-            found = _of_weights(bad_weights) or Culprit(message="not determined: the model put out "
-                                                        "NaN or inf of finite inputs")  # fmt: skip
+            found = of_weights(bad_weights) or Culprit(message="not determined: the model put out "
+                                                       "NaN or inf of finite inputs")  # fmt: skip
             why = "its batch was not kept" if forward.repeated is not None else forward.unknown
             return _with(found, f"{which}; {why}" if why else which)
     return None
@@ -310,22 +339,6 @@ def _not_repeated(one: Pass, found: Culprit | None, which: str) -> Culprit | Non
         message=f"not determined: the model put out {was}, and {then} when run again with the same "
         f"batch{which}: a fault that does not come again, such as one of the hardware, or a model "
         "that depends on more than its batch"
-    )
-
-
-def _of_weights(bad_weights: Sequence[str]) -> Culprit | None:
-    """Weights that were bad before the update, where no forward pass tells which was first."""
-    if not bad_weights:
-        return None
-    named = [name_of(module) for module in bad_weights]
-    names = ", ".join(named[:LISTED]) + (", ..." if len(named) > LISTED else "")
-    alone = len(named) == 1
-    return Culprit(
-        origin="weight",
-        module=named[0] if alone else None,
-        near=tuple(named[:LISTED]),
-        message=f"weights of {names} hold NaN or inf before the update"
-        + ("" if alone else f": {len(named)} modules, so that the first is not known"),
     )
 
 

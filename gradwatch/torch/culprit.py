@@ -15,7 +15,8 @@ import torch
 from gradwatch.policy import Culprits
 from gradwatch.records import Evidence
 from gradwatch.rules.culprit import Clues, Forward, Pass
-from gradwatch.rules.culprit_forward import Call, Flag
+from gradwatch.rules.culprit_forward import MASKED, Call, Flag
+from gradwatch.rules.culprit_weights import BadWeight
 from gradwatch.torch.layers import COMPILED
 from gradwatch.torch.order import BackwardOrder
 from gradwatch.torch.passes import ForwardPasses, Seen, SeenPass
@@ -36,15 +37,27 @@ class ClueFinder:
         parameters: Sequence[torch.nn.Parameter],
         how: Culprits,
         on_error: Callable[[str], None],
+        is_amid: Callable[[], bool] = bool,
     ) -> None:
+        """
+        Args:
+            is_amid: whether gradients of earlier backward passes are kept elsewhere than in `grad`.
+        """
         self._model = weakref.ref(model)
+        self._parameters = list(parameters)
         self._watched = frozenset(map(id, parameters))
+        self._is_amid = is_amid
         self._order = BackwardOrder(() if how == "none" else parameters)
         self._passes: ForwardPasses | None = None
         self._evidence: Evidence = "live" if how == "always" else "replay"
         if how in ("replay", "always"):
             everywhere = how == "always"
-            self._passes = ForwardPasses(model, everywhere=everywhere, on_error=on_error)
+            self._passes = ForwardPasses(
+                model,
+                everywhere=everywhere,
+                holds_gradients=self._holds_gradients,
+                on_error=on_error,
+            )
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -71,6 +84,7 @@ class ClueFinder:
             foreign=() if is_over else foreign,
             forward=None if seen is None else self._forward(model, seen, is_over),
             order=self.order,
+            is_order_sure=self._order.is_sure,
             batch="" if seen is None else _fingerprint(seen),
         )
 
@@ -79,9 +93,18 @@ class ClueFinder:
         if self._passes is not None:
             self._passes.remove()
 
+    def _holds_gradients(self) -> bool:
+        if self._is_amid():
+            return True
+        held = [p.grad for p in self._parameters if p.grad is not None]
+        if not held or held[0].device.type != "cpu":
+            return bool(held)
+        # Where a loop sets them to 0 instead; elsewhere than on the CPU reading would wait.
+        return bool(local(min(held, key=torch.Tensor.numel)).to_dense().any())
+
     def _forward(self, model: torch.nn.Module, seen: Seen, is_over: bool) -> Forward:
         inputs = flags_of([one.inputs for one in seen.passes])
-        outputs = flags_of([one.outputs for one in seen.passes], masks=False)
+        outputs = flags_of([one.outputs for one in seen.passes])
         traces = [one.trace for one in seen.passes if one.trace is not None]
         calls: list[Sequence[Call]] = list(read(traces)) or [()] * len(seen.passes)
         passes = [
@@ -128,20 +151,36 @@ def _to_repeat(seen: Sequence[SeenPass], passes: Sequence[Pass]) -> int | None:
 
 def _bad_weights(
     model: torch.nn.Module, watched: frozenset[int]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Modules with a parameter that holds NaN or inf, in the order of their names: of those that
-    are watched or frozen, and of those that something else updates."""
-    named = [(name.replace(COMPILED, ""), p) for name, p in model.named_parameters()]
-    flags = flags_of([spans_of(local(parameter.detach())) for _, parameter in named])
-    bad = [
-        (name.rpartition(".")[0], id(p) in watched or not p.requires_grad)
-        for (name, p), flag in zip(named, flags, strict=True)
-        if flag is Flag.BAD
-    ]
-    return (
-        tuple(dict.fromkeys(name for name, ours in bad if ours)),
-        tuple(dict.fromkeys(name for name, ours in bad if not ours)),
-    )
+) -> tuple[list[BadWeight], list[str]]:
+    """Weights that hold NaN or inf, in the order of their names: those that are watched or frozen,
+    and modules with some that something else updates."""
+    modules: dict[torch.nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        module = name.replace(COMPILED, "").rpartition(".")[0]
+        modules.setdefault(parameter, []).append(module)
+    flags = flags_of([spans_of(local(parameter.detach())) for parameter in modules])
+    ours: dict[tuple[str, ...], bool] = {}
+    foreign: dict[str, None] = {}
+    for (parameter, held_by), flag in zip(modules.items(), flags, strict=True):
+        is_mask = flag in MASKED and not parameter.requires_grad
+        if flag is Flag.FINE or is_mask:
+            continue
+        if id(parameter) in watched or not parameter.requires_grad:
+            names = tuple(dict.fromkeys(held_by))
+            ours[names] = ours.get(names, False) or _is_used(parameter)
+        else:
+            foreign[held_by[0]] = None
+    return [BadWeight(*one) for one in ours.items()], list(foreign)
+
+
+@torch.no_grad()
+def _is_used(parameter: torch.nn.Parameter) -> bool:
+    """Whether its gradient is not 0 where it is not finite."""
+    if parameter.grad is None:
+        return False
+    gradient = local(parameter.grad)
+    gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
+    return bool((~torch.isfinite(local(parameter)) & (gradient != 0)).any())
 
 
 def _fingerprint(seen: Seen) -> str:

@@ -41,12 +41,12 @@ def calls_of(model: torch.nn.Module, batch: Batch) -> Sequence[Call]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what it warns of was said the first time
         for module in dict.fromkeys(inner.modules()):
-            stack.callback(_remover(module, trace))
+            stack.callback(_remover(module, trace, is_root=module is inner))
         inner(*batch.args, **batch.kwargs)
     return read([trace])[0]
 
 
-def _remover(module: torch.nn.Module, trace: Trace) -> Callable[[], None]:
+def _remover(module: torch.nn.Module, trace: Trace, *, is_root: bool) -> Callable[[], None]:
     """Hooks a module; what takes the hooks off again."""
 
     def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -55,9 +55,9 @@ def _remover(module: torch.nn.Module, trace: Trace) -> Callable[[], None]:
     def leave(module: torch.nn.Module, args: Any, outputs: Any) -> None:
         trace.leave(module, outputs)
 
-    # Last, so that each sees what the hooks of the model have made of a value.
+    # Each sees what hooks have made of a value, but the model what it was called with.
     handles = (
-        module.register_forward_pre_hook(enter, with_kwargs=True),
+        module.register_forward_pre_hook(enter, with_kwargs=True, prepend=is_root),
         module.register_forward_hook(leave),
     )
 

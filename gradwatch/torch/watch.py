@@ -107,7 +107,8 @@ class TorchWatch(Watch):
             self._backend = TorchBackend(tensors, self._optimizer, self.plan)
         super().__init__(info, policy, self._backend, recording)
         how = culprits_for(policy, model, share) if policy.detect.nonfinite else "none"
-        finder = ClueFinder(model, tensors, how, self.pipeline.report)
+        window = self.window  # the hooks of the model must not hold the watch
+        finder = ClueFinder(model, tensors, how, self.pipeline.report, lambda: window.count > 0)
         self._backend.finder = finder
         order = weakref.WeakMethod(self._backend.order)
         self.pipeline.consumer.order = lambda: () if (of := order()) is None else of()

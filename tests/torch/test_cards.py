@@ -86,8 +86,8 @@ def test_an_explosion_has_a_card_with_the_order_of_its_layers(attach, tmp_path):
         cards = {card.kind: card for card in recording.cards()}
     card = cards["exploding"]
     assert card.step == 82
-    assert card.culprit.module is None
-    assert card.culprit.origin == "loss"
+    assert (card.culprit.origin, card.culprit.module) == (None, None)
+    assert card.culprit.near == ("the loss",)
     assert "backward order" in card.culprit.message
     assert set(card.norms) == {"0", "2", "4"}
 
