@@ -26,6 +26,10 @@ EXTRAS = ("failed", "stopping", "weight", "planned", "loss")
 """What a process adds to its norms, by the names of `Word`."""
 
 
+# The same under its newer name; the old one warns of it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Whole:
     """What all processes have together."""
@@ -129,7 +133,7 @@ class Exchange:
         size = self._share.size
         out = torch.empty(size * len(table), dtype=table.dtype, device=table.device)
         try:
-            dist.all_gather_into_tensor(out, table, group=self._share.group)
+            _all_gather(out, table, group=self._share.group)
         except Exception as error:
             missing = missing_ranks(self._share.group, str(self._steps))
             who = f"rank {', '.join(map(str, missing))}" if missing else "a rank"
