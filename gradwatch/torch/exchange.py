@@ -61,6 +61,9 @@ class Exchange:
         self._owned = torch.tensor(share.owned, dtype=torch.float64, device=device)
         self._places = torch.tensor(share.places, dtype=torch.int64, device=device)
         self._steps = 0
+        self.joined = False
+        """Whether this process has taken part in the collective of the step that is due."""
+
         self.broken = ""
         """Why no further collective is tried."""
 
@@ -97,7 +100,7 @@ class Exchange:
         Args:
             keys: how many kinds of norms the others send.
         """
-        if self.broken:
+        if self.broken or self.joined:
             return
         size = (keys + 1) * self._num + len(EXTRAS)
         table = torch.zeros(size, dtype=torch.float64, device=self.device)
@@ -114,8 +117,10 @@ class Exchange:
         num, device = self._num, self.device
         rows = torch.zeros(len(order) + 1, num, dtype=torch.float64, device=device)
         everything = len(positions) == len(self._places)
-        chosen = slice(None) if everything else torch.tensor(list(positions), device=device)
-        places, owned = self._places[chosen], self._owned[chosen]
+        places, owned = self._places, self._owned
+        if not everything:
+            chosen = torch.tensor(list(positions), dtype=torch.int64, device=device)
+            places, owned = places[chosen], owned[chosen]
         for k, key in enumerate(order):
             values = norms[key].to(device, torch.float64)
             # A replica that is not finite on one process alone is not to go unseen.
@@ -130,6 +135,7 @@ class Exchange:
         if self.broken:
             raise RanksMissing(self.broken)
         self._steps += 1
+        self.joined = True
         size = self._share.size
         out = torch.empty(size * len(table), dtype=table.dtype, device=table.device)
         try:

@@ -53,14 +53,15 @@ class SharedBackend(TorchBackend):
         self._exchange = Exchange(share, device_for(share.group, parameters[0].device))
         self._everywhere = bytes([1]) * len(share.parameters)
         self._places = np.array(share.places, dtype=np.intp)
-        self._joined = False
+
+    def seen(self) -> Seen | None:
+        self._exchange.joined = False  # the first that is asked in a step
+        return super().seen()
 
     def gather(self, factor: float = 1.0) -> Gradients:
-        self._joined = False
         return replace(super().gather(1.0), everywhere=self._everywhere)
 
     def agree(self, gradients: Gradients, norms: dict[float | str, Vector], word: Word) -> Agreed:
-        self._joined = True
         sent = {key: torch.as_tensor(values) for key, values in norms.items() if key != LOSS}
         whole = self._exchange(sent, self._here(gradients), word)
         failed = whole.failed_W != 0
@@ -84,9 +85,7 @@ class SharedBackend(TorchBackend):
         return Agreed(gradients, agreed, bool(whole.stopping_W.any()))
 
     def abandon(self, num_keys: int) -> None:
-        if not self._joined:
-            self._joined = True
-            self._exchange.join(num_keys)
+        self._exchange.join(num_keys)
 
     def touch(
         self, gradients: Gradients, rule: Rule, values: Vector, over: Vector, apply: bool
