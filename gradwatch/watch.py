@@ -219,6 +219,7 @@ class Watch:
             "engine": self._engine.state_dict(),
             "detection": detection,
             "unhealthy": unhealthy,
+            "common_weight": self.window.common or 0.0,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -237,6 +238,7 @@ class Watch:
             )
         self._engine.load_state_dict(state["engine"])
         self.window.step = self._engine.num_steps
+        self.window.common = float(state.get("common_weight", 0.0)) or None
         try:
             with self.pipeline.consumer.paused():
                 self.pipeline.consumer.unhealthy = int(
@@ -296,7 +298,7 @@ class Watch:
         try:
             yield from micro_batches(
                 loader, self.window, partial=partial, discard=self._discard, samples=samples,
-                ended=self._micro_ended,
+                began=self._micro_began, ended=self._micro_ended,
             )  # fmt: skip
         finally:
             self._marked = self.window.count > 0
@@ -367,6 +369,9 @@ class Watch:
 
     def _discard(self) -> None:
         """Drops the gradients of a window that was not finished."""
+
+    def _micro_began(self, micro: MicroBatch[Any]) -> None:
+        """A marked micro-batch is about to run forward."""
 
     def _micro_ended(self, micro: MicroBatch[Any]) -> None:
         """A marked micro-batch has run backward, or has failed to."""

@@ -38,7 +38,6 @@ def _detector(kind: str) -> Refusal:
 
 
 REFUSED = (
-    Refusal("accumulate.sync", "Leave it out", what="the choice of when to reduce is"),
     _detector("rank_divergence"),
     _detector("rank_outlier"),
 )

@@ -47,6 +47,11 @@ def accumulates_for_the_loop(policy: Policy) -> bool:
     accumulate = policy.accumulate
     if accumulate is None:
         return False
+    if accumulate.drive == "loop" and accumulate.sync is not None:
+        raise PolicyError(
+            f"{policy.source}: accumulate.sync says when gradients are reduced, which is the "
+            "loop's under drive: loop. Leave it out, or use watch.micro_batches with drive: hook"
+        )
     if accumulate.drive == "loop" and isinstance(accumulate.steps, SampleTarget):
         raise PolicyError(
             f"{policy.source}: accumulate.steps: {{target: ...}} counts samples, which drive: loop "

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradwatch.backend import Agreed, RanksFailed, Word
+from gradwatch.backend import Agreed, RanksFailed, RanksMissing, Word
 from gradwatch.rules.arrays import Vector
 from gradwatch.rules.clipping import LOSS, Rule
 from gradwatch.rules.culprit import Clues
@@ -69,6 +69,13 @@ class SharedBackend(TorchBackend):
             ranks = ", ".join(str(int(rank)) for rank in failed.nonzero())
             raise RanksFailed(f"rank {ranks} could not measure or apply: nobody decides this step")
         factor: Any = _factor(whole.weight_W, whole.planned_W)
+        failed = failed | torch.isnan(factor)
+        if self._exchange.device.type == "cpu" and bool(failed.any()):
+            raise RanksMissing(
+                "ranks divide the losses of a window by different numbers "
+                f"({', '.join(f'{planned:g}' for planned in whole.planned_W.tolist())}), so that "
+                "their sum is no mean. Load the same state on every rank, at the same step"
+            )
         agreed: dict[float | str, Vector] = {
             key: values * factor if isinstance(key, float) else values
             for key, values in whole.norms.items()
@@ -83,6 +90,14 @@ class SharedBackend(TorchBackend):
         agreed = {key: values.cpu().numpy() for key, values in agreed.items()}
         gradients = replace(gradients, factor=float(factor))
         return Agreed(gradients, agreed, bool(whole.stopping_W.any()))
+
+    def common(self, value: float) -> float:
+        """One number that all processes have, from one of each.
+
+        Raises:
+            RanksMissing: somebody did not come.
+        """
+        return self._exchange.common(value)
 
     def abandon(self, num_keys: int) -> None:
         self._exchange.join(num_keys)
@@ -151,7 +166,12 @@ class SharedBackend(TorchBackend):
 
 
 def _factor(weight_W: torch.Tensor, planned_W: torch.Tensor) -> torch.Tensor:
-    """R N* over the sum of the weights: what the average over R processes is multiplied by."""
-    total = weight_W.sum()
-    factor = planned_W.mean() * len(weight_W) / total
-    return torch.where(total > 0, factor, torch.ones_like(factor))
+    """R N* over the sum of the weights: what the average over R processes is multiplied by.
+
+    1 where each process has weighed its own already; NaN where they have not the same N*.
+    """
+    total, planned = weight_W.sum(), planned_W.max()
+    differs = (weight_W > 0) & ((planned_W - planned).abs() > 1e-9 * planned)
+    factor = torch.where(differs.any(), torch.nan, planned * len(weight_W) / total)
+    is_weighed = (planned_W == weight_W).all()
+    return torch.where(is_weighed | (total <= 0), torch.ones_like(factor), factor)

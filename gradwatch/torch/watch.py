@@ -13,8 +13,8 @@ from typing import Any, SupportsFloat
 import torch
 
 from gradwatch.accumulation import Closed, MicroBatch
-from gradwatch.backend import StepContext
-from gradwatch.errors import PolicyError, TrainingStopped
+from gradwatch.backend import RanksMissing, StepContext
+from gradwatch.errors import PolicyError, TrainingStopped, stopped_before
 from gradwatch.policy import Policy, check_against
 from gradwatch.records import Layout, RunInfo
 from gradwatch.rules.chain import measures_of
@@ -29,6 +29,7 @@ from gradwatch.torch.hooks import BackwardCounter, StepHooks, innermost, refuse_
 from gradwatch.torch.layers import watched_parameters
 from gradwatch.torch.noise import FirstMicroBatch
 from gradwatch.torch.plan import plan_for
+from gradwatch.torch.reduction import Reduction
 from gradwatch.torch.refusals import (
     accumulates_for_the_loop,
     refuse_to_enforce,
@@ -118,7 +119,12 @@ class TorchWatch(Watch):
             say(logging.WARNING, "gradwatch %s", self.plan)
         update = int if self._scaler is None else self._scaler.update
         self._first = FirstMicroBatch(self._backend.parameters)
-        self._marked_loop = MarkedLoop(self._backend.parameters, self.window, self._first)
+        reduction = Reduction(model, self._accumulate)
+        self._marked_loop = MarkedLoop(
+            self._backend.parameters, self.window, self._first, reduction
+        )
+        if isinstance(self._backend, SharedBackend):
+            self.window.agree = self._common_weight
         divides = self._accumulate is not None and self._accumulate.drive == "loop"
         self._counter = BackwardCounter(tensors, update, self._first_of_loop if divides else None)
         self._passes, self._overflows, self._loss_scale = 1, 0, math.nan
@@ -130,7 +136,7 @@ class TorchWatch(Watch):
 
         self._unchanged: UnchangedLoop | None = None
         if for_the_loop and self._optimizer is not None:
-            self._unchanged = UnchangedLoop(tensors, self.window, self._first)
+            self._unchanged = UnchangedLoop(tensors, self.window, self._first, reduction)
 
     @torch.no_grad()
     def process(self) -> None:
@@ -261,6 +267,23 @@ class TorchWatch(Watch):
     def _change(self, policy: Policy) -> None:
         super()._change(policy)
         self._policy = policy
+
+    def _common_weight(self, weight: float) -> float:
+        """
+        Raises:
+            TrainingStopped: a process did not come.
+        """
+        assert isinstance(self._backend, SharedBackend)
+        try:
+            return self._backend.common(weight)
+        except RanksMissing as error:
+            raise stopped_before(self._engine.num_steps, str(error), "on_error") from error
+
+    def _micro_began(self, micro: MicroBatch[Any]) -> None:
+        try:
+            self._marked_loop.began(micro)
+        except Exception as error:
+            self._broke("hold back the reduction of gradients", error, "each micro-batch reduces")
 
     def _micro_ended(self, micro: MicroBatch[Any]) -> None:
         try:
