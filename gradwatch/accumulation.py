@@ -89,11 +89,20 @@ class Window:
     @property
     def num_steps(self) -> int:
         """Micro-batches that the window is to have."""
-        return self._steps if self.count else self._steps_now()
+        return self._steps if self.count else self._steps_at(self.step)
 
     @property
     def is_full(self) -> bool:
         return self.count >= self.num_steps
+
+    def steps_of(self, batches: int, *, partial: str) -> int:
+        """Optimizer steps that so many more micro-batches end."""
+        planned, left, steps = self.num_steps - (self.count or 0), batches, 0
+        while left >= planned:
+            left -= planned
+            steps += 1
+            planned = self._steps_at(self.step + steps)
+        return steps + (left > 0 and partial == "step")
 
     def fills(self, samples: int) -> bool:
         """Whether one more micro-batch, of so many samples, fills the window."""
@@ -106,7 +115,7 @@ class Window:
         weigh = "mean" if self._accumulate is None else self._accumulate.weigh
         weight = weight if weigh == "weight" else 1.0
         if self.count == 0:
-            self._steps = self._steps_now()
+            self._steps = self._steps_at(self.step)
             if self.target is not None:
                 self._steps = math.ceil(self.target / max(1, samples))
             self.first_weight = weight
@@ -153,11 +162,11 @@ class Window:
         self.count = 0
         return closed
 
-    def _steps_now(self) -> int:
+    def _steps_at(self, step: int) -> int:
         steps = 1 if self._accumulate is None else self._accumulate.steps
         if isinstance(steps, Schedule):
             # Stairs: the last point at or before this step, else the first one.
-            values = [value for step, value in steps.points if step <= self.step]
+            values = [value for first, value in steps.points if first <= step]
             steps = int(values[-1] if values else steps.points[0][1])
         return steps if isinstance(steps, int) else 1
 

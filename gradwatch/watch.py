@@ -15,6 +15,7 @@ from typing import Any, Self, SupportsFloat, TypeVar
 
 from gradwatch.accumulation import MicroBatch, Window, micro_batches, samples_in
 from gradwatch.backend import Backend, StepContext
+from gradwatch.describing import described
 from gradwatch.engine import Engine
 from gradwatch.errors import GradwatchError, PolicyError, TrainingStopped
 from gradwatch.pipeline import Pipeline, close_at_exit, state_after
@@ -26,8 +27,6 @@ __all__ = ["Watch"]
 
 Batch = TypeVar("Batch")
 STATE_VERSION = 1
-RECENT = 100
-"""Steps that `repr` looks back at."""
 
 
 class Watch:
@@ -295,6 +294,7 @@ class Watch:
             self.window.close()
             self._discard()
         self.window.step = self._engine.num_steps
+        self._begin_epoch(loader, partial)
         try:
             yield from micro_batches(
                 loader, self.window, partial=partial, discard=self._discard, samples=samples,
@@ -342,24 +342,7 @@ class Watch:
         self._end(state_after(error))
 
     def __repr__(self) -> str:
-        latest = self.latest
-        layers = f"{len(self.info.layout.layers)} layers"
-        if latest is None:
-            return f"Watch({layers}, no step yet{self._how()})"
-        recent = self.history(RECENT)
-        clipped = sum(record.clipped for record in recent)
-        skipped = sum(record.skipped is not None for record in recent)
-        kinds = ", ".join(sorted(self.pipeline.consumer.open_anomalies()))
-        parts = [
-            layers,
-            f"step {latest.step}",
-            f"total_norm {latest.total_norm:.3g}",
-            f"clipped {clipped} of last {len(recent)}",
-        ]
-        if skipped:
-            parts.append(f"skipped {skipped}")
-        parts.append(kinds or "no anomaly")
-        return f"Watch({', '.join(parts)}{self._how()})"
+        return f"Watch({described(self)}{self._how()})"
 
     # What a framework fills in
 
@@ -369,6 +352,9 @@ class Watch:
 
     def _discard(self) -> None:
         """Drops the gradients of a window that was not finished."""
+
+    def _begin_epoch(self, loader: object, partial: str) -> None:
+        """A loop over the micro-batches of a loader begins."""
 
     def _micro_began(self, micro: MicroBatch[Any]) -> None:
         """A marked micro-batch is about to run forward."""

@@ -41,6 +41,7 @@ class MarkedLoop:
         self._parameters = list(parameters)
         self._sums = Stash(parameters, only_half=True)
         self._has_given_back = False
+        window.agree = reduction.mean_weight if reduction.asks else None
 
     @property
     def holds_sums(self) -> bool:
@@ -51,6 +52,14 @@ class MarkedLoop:
         """More parameters behind the ones of before."""
         self._parameters = list(parameters)
         self._sums.extend(parameters)
+
+    def begin(self, loader: object, partial: str) -> None:
+        """
+        Raises:
+            GradwatchError: processes would take other numbers of steps.
+        """
+        if self._reduction.asks:
+            self._reduction.refuse_other_windows(loader, self._window, partial)
 
     @torch.no_grad()
     def began(self, micro: MicroBatch[Any]) -> None:

@@ -94,14 +94,15 @@ class Exchange:
         }
         return Whole(whole, present_WP, *tables[:, -len(EXTRAS) :].unbind(1))
 
-    def common(self, value: float) -> float:
-        """The mean of one number of each process, of those that have one; 0 where nobody has.
+    def numbers(self, value: float) -> list[float]:
+        """[W] one number of each process, outside a step.
 
         Raises:
             RanksMissing: as in a step.
         """
-        values = self._gathered(torch.tensor([value], dtype=torch.float64, device=self.device))
-        return float(values.sum() / (values > 0).sum().clamp(min=1))
+        table = torch.tensor([value], dtype=torch.float64, device=self.device)
+        numbers: list[float] = self._gathered(table).view(-1).tolist()
+        return numbers
 
     def join(self, keys: int) -> None:
         """Joins with nothing but the word that this process has failed.

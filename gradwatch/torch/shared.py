@@ -91,13 +91,13 @@ class SharedBackend(TorchBackend):
         gradients = replace(gradients, factor=float(factor))
         return Agreed(gradients, agreed, bool(whole.stopping_W.any()))
 
-    def common(self, value: float) -> float:
-        """One number that all processes have, from one of each.
+    def numbers(self, value: float) -> list[float]:
+        """[W] one number of each process, outside a step.
 
         Raises:
             RanksMissing: somebody did not come.
         """
-        return self._exchange.common(value)
+        return self._exchange.numbers(value)
 
     def abandon(self, num_keys: int) -> None:
         self._exchange.join(num_keys)

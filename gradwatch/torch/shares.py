@@ -84,6 +84,7 @@ def shared_by(
     described: Sequence[Parameter],
     group: Any = None,
     shard_keys: Mapping[str, Hashable] | None = None,
+    policy: str = "",
 ) -> Share:
     """Elects who counts what; every process of the group has to call it.
 
@@ -91,10 +92,11 @@ def shared_by(
         group: the processes that train together; None for all.
         shard_keys: by glob on names, which piece this process has of parameters that have the same
             name and shape on several processes but are different ones, such as experts.
+        policy: a hash of what each process does with what is measured.
 
     Raises:
-        AttachError: a process did not attach within a minute, or parameters are sums that were
-            never finished.
+        AttachError: a process did not attach within a minute, or with another policy, or
+            parameters are sums that were never finished.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     _wait_for_everyone(group, rank, size)
@@ -103,11 +105,17 @@ def shared_by(
         for tensor, parameter in zip(tensors, described, strict=True)
     ]
     everyone: list[Any] = [None] * size
-    dist.all_gather_object(everyone, mine, group=group)
+    dist.all_gather_object(everyone, (policy, mine), group=group)
+    for other, (theirs, _) in enumerate(everyone):
+        if theirs != everyone[0][0]:
+            raise AttachError(
+                f"rank {other} has another policy than rank 0, and they would decide differently. "
+                "Pass the same policy on every rank"
+            )
     parameters: dict[str, Parameter] = {}
     owners: dict[tuple[str, Hashable], int] = {}
     holders: dict[tuple[str, Hashable], int] = {}
-    for holder, held in enumerate(everyone):
+    for holder, (_, held) in enumerate(everyone):
         for parameter, piece in held:
             parameters.setdefault(parameter.name, parameter)
             owners.setdefault((parameter.name, piece), holder)

@@ -43,7 +43,7 @@ def together(
                 "measure the part of this one. Leave it out, and attach on every rank"
             )
         return None
-    share = shared_by(tensors, described, shard_keys=shard_keys)
+    share = shared_by(tensors, described, shard_keys=shard_keys, policy=policy.sha256)
     accumulates = policy.accumulate is not None and policy.mode == "enforce"
     compares_loss = any(rule.measure == "loss" for rule in policy.clip)
     stops = any(detector.then == "stop" for _, detector in policy.detect.kinds())

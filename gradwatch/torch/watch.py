@@ -13,8 +13,8 @@ from typing import Any, SupportsFloat
 import torch
 
 from gradwatch.accumulation import Closed, MicroBatch
-from gradwatch.backend import RanksMissing, StepContext
-from gradwatch.errors import PolicyError, TrainingStopped, stopped_before
+from gradwatch.backend import StepContext
+from gradwatch.errors import PolicyError, TrainingStopped
 from gradwatch.policy import Policy, check_against
 from gradwatch.records import Layout, RunInfo
 from gradwatch.rules.chain import measures_of
@@ -119,12 +119,11 @@ class TorchWatch(Watch):
             say(logging.WARNING, "gradwatch %s", self.plan)
         update = int if self._scaler is None else self._scaler.update
         self._first = FirstMicroBatch(self._backend.parameters)
-        reduction = Reduction(model, self._accumulate)
+        ask = self._backend.numbers if isinstance(self._backend, SharedBackend) else None
+        reduction = Reduction(model, self._accumulate, ask)
         self._marked_loop = MarkedLoop(
             self._backend.parameters, self.window, self._first, reduction
         )
-        if isinstance(self._backend, SharedBackend):
-            self.window.agree = self._common_weight
         divides = self._accumulate is not None and self._accumulate.drive == "loop"
         self._counter = BackwardCounter(tensors, update, self._first_of_loop if divides else None)
         self._passes, self._overflows, self._loss_scale = 1, 0, math.nan
@@ -268,16 +267,8 @@ class TorchWatch(Watch):
         super()._change(policy)
         self._policy = policy
 
-    def _common_weight(self, weight: float) -> float:
-        """
-        Raises:
-            TrainingStopped: a process did not come.
-        """
-        assert isinstance(self._backend, SharedBackend)
-        try:
-            return self._backend.common(weight)
-        except RanksMissing as error:
-            raise stopped_before(self._engine.num_steps, str(error), "on_error") from error
+    def _begin_epoch(self, loader: object, partial: str) -> None:
+        self._marked_loop.begin(loader, partial)
 
     def _micro_began(self, micro: MicroBatch[Any]) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 
 import pytest
 import torch
@@ -154,7 +153,7 @@ def one_big_batch(parts, windows_of, uneven=False, epochs=2, weigh="mean"):
 
 def windows(count: int, steps: int = 3, epochs: int = 2, carry: bool = False):
     runs = [[(epoch, i) for i in range(count)] for epoch in range(epochs)]
-    runs = [sum(runs, [])] if carry else runs
+    runs = [[place for run in runs for place in run]] if carry else runs
     cut = [run[i : i + steps] for run in runs for i in range(0, len(run), steps)]
     return [window for window in cut if not carry or len(window) == steps]
 
@@ -192,12 +191,12 @@ def test_windows_are_one_big_batch_however_the_loop_is_written(on_ranks, kind, l
     parts = 2 if kind == "fsdp x tp" else 4
     check(results, *one_big_batch(parts, [windows(7)] * parts))
     assert [r.micro_batches for r in results[0][0]] == [3, 3, 1] * 2
-    holds_back = accumulate.get("sync") == "boundary" or kind.startswith("ddp")
+    holds_back = accumulate.get("sync") == "boundary" or kind in ("ddp", "ddp views")
     if loop == "marked" and accumulate.get("sync") != "every" and holds_back:
         at_the_end = [False, False, True, False, False, True, True]
         assert all(reductions == [at_the_end] * 2 for _, _, reductions in results)
     elif loop == "marked":
-        assert all(all(sum(reductions, [])) for _, _, reductions in results)
+        assert all(all(map(all, reductions)) for _, _, reductions in results)
 
 
 @pytest.mark.slow
@@ -233,3 +232,102 @@ def test_ranks_may_have_windows_of_other_lengths(on_ranks):
     results = on_ranks(trained, "ddp", "marked", {"weigh": "weight"}, counts, True)
     windows_of = [windows(count) for count in counts]
     check(results, *one_big_batch(4, windows_of, uneven=True, weigh="weight"))
+
+
+def refused(rank, size):
+    said = []
+    model, _, _ = wrapped("ddp static")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(gradwatch.PolicyError) as error:
+        gradwatch.attach(model, optimizer, policy_of(sync="boundary"), port=None, recording=None)
+    said.append(str(error.value))
+    policy = policy_of(sync="every", drive="loop")
+    with pytest.raises(gradwatch.PolicyError) as error:
+        gradwatch.attach(model, optimizer, policy, port=None, recording=None)
+    said.append(str(error.value))
+    model, part, _ = wrapped("ddp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(
+        model, optimizer, policy_of(sync="boundary"), port=None, recording=None
+    ) as watch:
+        with pytest.raises(gradwatch.PolicyError) as error:
+            unchanged(watch, model, optimizer, loader_of(part, 1, 0, False))
+        said.append(str(error.value))
+        with pytest.raises(gradwatch.GradwatchError) as error:
+            marked(watch, model, optimizer, loader_of(part, 6 + (rank == 2), 0, False))
+    said.append(str(error.value))
+    policy = policy_of(steps=3 + (rank == 2))
+    with pytest.raises(gradwatch.AttachError) as error:
+        gradwatch.attach(model, optimizer, policy, port=None, recording=None)
+    said.append(str(error.value))
+    model, part, _ = wrapped("fsdp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(
+        model, optimizer, policy_of(sync="boundary"), port=None, recording=None
+    ) as watch:
+        for micro in watch.micro_batches(loader_of(part, 2, 0, False)):
+            with micro:
+                micro.scale(loss_of(model, micro.batch)).backward()
+            break
+        with pytest.raises(gradwatch.GradwatchError) as error:
+            marked(watch, model, optimizer, loader_of(part, 2, 0, False))
+    said.append(str(error.value))
+    return said
+
+
+@pytest.mark.slow
+def test_what_would_be_wrong_is_refused_with_the_way_out(on_ranks):
+    for static, loop, plain, longer, policies, left in on_ranks(refused):
+        assert "static_graph=True" in static
+        assert "the loop's under drive: loop" in loop
+        assert "for a loop over watch.micro_batches" in plain
+        assert "rank 2 would take 3 optimizer steps in this loop and rank 3 2" in longer
+        assert "rank 2 has another policy than rank 0" in policies
+        assert "left in the middle of a window" in left
+
+
+def with_another_state(rank, size):
+    """One process goes on from a state in which micro-batches weighed more."""
+    model, part, _ = wrapped("ddp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    policy = policy_of(weigh="weight")
+    with gradwatch.attach(model, optimizer, policy, port=None, recording=None) as watch:
+        state = watch.state_dict()
+        watch.load_state_dict({**state, "common_weight": 7.0 if rank == 1 else 3.0})
+        with pytest.raises(gradwatch.TrainingStopped) as error:
+            marked(watch, model, optimizer, loader_of(part, 3, 0, True))
+        return str(error.value)
+
+
+@pytest.mark.slow
+def test_losses_that_were_divided_by_different_numbers_stop_the_run_on_every_rank(on_ranks):
+    for said in on_ranks(with_another_state, size=2):
+        assert "ranks divide the losses of a window by different numbers (9, 21)" in said
+
+
+def in_half_precision(rank, size, sync):
+    model, part, _ = wrapped("ddp", torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    policy = policy_of(steps=64, **({"sync": sync} if sync else {}))
+    policy["clip"] = [{"limit": 1e9}]
+    norms = []
+    with gradwatch.attach(model, optimizer, policy, port=None, recording=None) as watch:
+        marked(watch, model, optimizer, loader_of(part, 64, 0, False, torch.bfloat16))
+        norms = watch.latest.grad_norms.tolist()
+    reference = model_of(torch.bfloat16).double()  # the same weights
+    for one in range(size):
+        for batch in loader_of(one, 64, 0, False, torch.bfloat16):
+            x, y = (both.double() for both in batch)
+            (loss_of(reference, (x, y)) / 64 / size).backward()
+    layers = [reference[0], reference[2]]
+    return norms, [
+        float(torch.cat([p.grad.flatten() for p in layer.parameters()]).norm()) for layer in layers
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", [None, "every"])
+def test_half_precision_sums_are_kept_in_float32_until_they_are_reduced(on_ranks, sync):
+    """64 sums in bfloat16 would be some 5 % off."""
+    for norms, expected in on_ranks(in_half_precision, sync, size=2):
+        assert norms == pytest.approx(expected, rel=1e-2)
