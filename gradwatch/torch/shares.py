@@ -35,6 +35,9 @@ __all__ = [
 ATTACH_SECONDS = 60.0
 """For which a process waits for the others to attach too."""
 
+WHOLE = "whole"
+"""Of a piece: that it is all of a plain tensor."""
+
 _attached = itertools.count()
 
 
@@ -56,6 +59,10 @@ class Share:
 
     is_split: bool
     """Whether any process lacks a part of what another one has: norms must be added up."""
+
+    apart: str = ""
+    """A parameter of which not every process has a part, or which is another one on each, where
+    there is such a one: what goes wrong with it is not seen by all of them."""
 
     agrees: bool = False
     """Whether the processes have to exchange anything in a step."""
@@ -113,13 +120,16 @@ def shared_by(
                 "Pass the same policy on every rank"
             )
     parameters: dict[str, Parameter] = {}
-    owners: dict[tuple[str, Hashable], int] = {}
-    holders: dict[tuple[str, Hashable], int] = {}
+    owners: dict[tuple[str, tuple[Hashable, ...]], int] = {}
+    holders: dict[tuple[str, tuple[Hashable, ...]], int] = {}
     for holder, (_, held) in enumerate(everyone):
         for parameter, piece in held:
             parameters.setdefault(parameter.name, parameter)
             owners.setdefault((parameter.name, piece), holder)
             holders[parameter.name, piece] = holders.get((parameter.name, piece), 0) + 1
+    plain = {name for (name, piece), count in holders.items() if WHOLE in piece and count < size}
+    on_ranks = [{parameter.name for parameter, _ in held} for _, held in everyone]
+    apart = (name for name in parameters if name in plain or any(name not in n for n in on_ranks))
     place = {name: i for i, name in enumerate(parameters)}
     return Share(
         rank=rank,
@@ -129,12 +139,13 @@ def shared_by(
         places=tuple(place[parameter.name] for parameter, _ in mine),
         owned=tuple(owners[parameter.name, piece] == rank for parameter, piece in mine),
         is_split=any(count < size for count in holders.values()),
+        apart=next(apart, ""),
     )
 
 
 def _piece(
     tensor: torch.Tensor, parameter: Parameter, shard_keys: Mapping[str, Hashable]
-) -> Hashable:
+) -> tuple[Hashable, ...]:
     """Which part of the parameter a process holds; the same for the same part.
 
     Raises:
@@ -142,7 +153,7 @@ def _piece(
     """
     keys = [key for glob, key in shard_keys.items() if fnmatch.fnmatchcase(parameter.name, glob)]
     if not is_sharded(tensor):
-        return ("whole", *keys)
+        return (WHOLE, *keys)
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     if any(placement.is_partial() for placement in placements):
         raise AttachError(

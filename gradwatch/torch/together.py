@@ -15,9 +15,10 @@ from gradwatch.errors import AttachError, PolicyError
 from gradwatch.policy import Culprits, Policy
 from gradwatch.records import Parameter
 from gradwatch.saying import say
+from gradwatch.torch.scaling import ScalerFollower
 from gradwatch.torch.shares import Share, is_sharded, shared_by, world_size
 
-__all__ = ["culprits_for", "together"]
+__all__ = ["culprits_for", "refuse_scaler", "together"]
 
 
 def together(
@@ -69,6 +70,19 @@ def _refuse(policy: Policy, share: Share, sharded: Sequence[str], held: int) -> 
         raise PolicyError(
             f"{policy.source}: accumulate under pipeline stages is the schedule's, whose "
             "micro-batches are not those of a loop. Leave accumulate out"
+        )
+
+
+def refuse_scaler(share: Share | None, scaler: ScalerFollower | None) -> None:
+    """
+    Raises:
+        AttachError: one process alone would drop a step.
+    """
+    if share is not None and share.apart and scaler is not None and scaler.enabled:
+        raise AttachError(
+            f"a GradScaler drops a step where it finds an infinity on its own rank, and "
+            f"{share.apart} is not on every rank: the others would take the step, or wait for it. "
+            "Train in bfloat16, which needs no scaler"
         )
 
 

@@ -38,7 +38,7 @@ from gradwatch.torch.refusals import (
 from gradwatch.torch.scaling import follower
 from gradwatch.torch.shared import SharedBackend
 from gradwatch.torch.state import as_arrays, as_tensors
-from gradwatch.torch.together import culprits_for, together
+from gradwatch.torch.together import culprits_for, refuse_scaler, together
 from gradwatch.watch import Watch
 
 __all__ = ["TorchWatch"]
@@ -101,6 +101,7 @@ class TorchWatch(Watch):
         self._model = weakref.ref(model)
         self._num_known = 0 if self._optimizer is None else _count(self._optimizer)
         self._scaler = follower(scaler, optimizer)
+        refuse_scaler(share, self._scaler)
         self.plan = plan_for(policy, layout, self._optimizer, tensors)
         if share is not None and share.agrees:
             self._backend: TorchBackend = SharedBackend(tensors, self._optimizer, self.plan, share)

@@ -54,7 +54,8 @@ def test_lifting_a_refusal_is_all_it_takes(monkeypatch):
     monkeypatch.setattr(supported, "REFUSED", ())
     monkeypatch.setattr(decoding, "REFUSED", ())
     text = (
-        "version: 1\naccumulate: {steps: {0: 1, 1000: 4}, drive: loop, sync: every}\nguard: {nonfinite: zero}\n"
+        "version: 1\naccumulate: {steps: {0: 1, 1000: 4}, drive: loop, sync: every}\n"
+        "guard: {nonfinite: zero}\n"
         "clip:\n  - {measure: weight, per: unit, limit: 1e-2, floor: 1e-3, then: zero}\n"
         "  - {limit: {quantile: 0.9, window: 128}}\n"
     )
