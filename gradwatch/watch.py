@@ -235,6 +235,7 @@ class Watch:
                 f"the state must be of version {STATE_VERSION}. "
                 f"Received: {state.get('version')!r}. Leave it out to begin anew"
             )
+        self.flush()
         self._engine.load_state_dict(state["engine"])
         self.window.step = self._engine.num_steps
         self.window.common = float(state.get("common_weight", 0.0)) or None
