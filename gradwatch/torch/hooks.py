@@ -119,6 +119,7 @@ class StepHooks:
 
         return evaluate_then_watch
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, *_: Any) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth == 0:
