@@ -32,6 +32,7 @@ from gradwatch.torch.plan import plan_for
 from gradwatch.torch.reduction import Reduction
 from gradwatch.torch.refusals import (
     accumulates_for_the_loop,
+    is_captured,
     refuse_to_enforce,
     refuse_unknown_updates,
 )
@@ -159,7 +160,8 @@ class TorchWatch(Watch):
 
     def _at_step(self) -> None:
         is_ahead, self._is_ahead = self._is_ahead, False
-        if not is_ahead:
+        device = self._backend.parameters[0].device
+        if not is_ahead and not is_captured(device, enforcing=self._engine.enforcing):
             self.process()
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+import gradwatch
 from gradwatch.policy import load_policy
 from gradwatch.records import Layout, Parameter
 from gradwatch.rules.chain import Chain
 from gradwatch.rules.clipping import Rule, decide
 from gradwatch.torch.arrays import TorchArrays
+from gradwatch.torch.refusals import is_captured
 
 META = torch.device("meta")
 LAYOUT = Layout.of(
@@ -60,3 +62,14 @@ def test_no_norm_type_needs_a_value(norm_type):
     )
     norms = {2.0: torch.empty(3, device=META), norm_type: torch.empty(3, device=META)}
     assert decide([rule], norms, [1.0], xp).coefs_P.device == META
+
+
+def test_a_step_inside_a_cuda_graph_is_refused_where_a_policy_is_to_hold(monkeypatch, caplog):
+    cuda = torch.device("cuda")
+    assert not is_captured(torch.device("cpu"), enforcing=True)
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        assert is_captured(cuda, enforcing=False) is capturing
+    assert "neither measured nor clipped. Capture forward and backward alone" in caplog.text
+    with pytest.raises(gradwatch.PolicyError, match="captured in a CUDA graph"):
+        is_captured(cuda, enforcing=True)
