@@ -178,8 +178,8 @@ def _outside_of_the_model(
     return Culprit(
         origin="loss",
         evidence=evidence,
-        message=f"the loss is {loss} and what the model puts out is finite: look at the targets "
-        "and the loss function",
+        message=f"the loss is {loss} and what the model puts out is finite: look at the targets, "
+        "the loss function and, where it is behind another model, at that",
     )
 
 
