@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TypeVar
@@ -84,6 +84,9 @@ class Consumer:
         self.samples: deque[tuple[int, Float32s]] = deque()
         """What was sampled, by step; the recorder's."""
 
+        self.local_norms: deque[tuple[int, float]] = deque()
+        """Of this process alone, by step; the recorder's."""
+
         self.culprits: deque[tuple[int, Culprit]] = deque()
         """What was found before an update, by step; the recorder's."""
 
@@ -95,6 +98,9 @@ class Consumer:
 
         self.loss_before: Callable[[], bool] = bool
         """Whether the loss is logged before the step."""
+
+        self.active_elsewhere: Callable[[], Mapping[str, tuple[str, ...]]] = dict
+        """As `open_anomalies`, of what is not found in records."""
 
         self.unhealthy = -1
         """The last step that found an alert open."""
@@ -179,7 +185,7 @@ class Consumer:
 
     def open_anomalies(self) -> dict[str, tuple[str, ...]]:
         """Kinds with an open alert, each with its layers."""
-        return self.detection.active()
+        return self.detection.active() | dict(self.active_elsewhere())
 
     def _run(self) -> None:
         while True:
@@ -235,17 +241,21 @@ class Consumer:
             self._finished.append(self._early)
             new = [self._early]
         self._guarded("recording", self._write_cards, past, new)
-        self._guarded("export", self._tally.set_active, self.detection.active())
+        self._guarded("export", self._tally.set_active, self.open_anomalies())
         dropped = self._ring.dropped + self.unstored
         self._guarded("export", self._tally.set_records_dropped, dropped)
         for record in new:
             for anomaly in record.anomalies:
                 self._announce(anomaly)
         if not new and (stuck := self._silence.look(time.monotonic())) is not None:
-            self._guarded("export", self._tally.note, stuck)
-            if self._store is not None:
-                self._guarded("recording", self._store.add_anomaly, stuck)
-            self._announce(stuck)
+            self.found(stuck)
+
+    def found(self, anomaly: Anomaly) -> None:
+        """A finding that comes without a record."""
+        self._guarded("export", self._tally.note, anomaly)
+        if self._store is not None:
+            self._guarded("recording", self._store.add_anomaly, anomaly)
+        self._announce(anomaly)
 
     def _write_cards(self, past: list[StepRecord], new: Sequence[StepRecord]) -> None:
         if self._store is None:
@@ -278,12 +288,14 @@ class Consumer:
 
     def _handled(self, record: StepRecord) -> StepRecord:
         sampled, culprit = _of(record, self.samples), _of(record, self.culprits)
+        if (local_norm := _of(record, self.local_norms)) is not None:
+            record = replace(record, local_norm=local_norm)
         if sampled is not None and record.skipped is None:
             record = replace(record, samples=dict(zip(SAMPLES, sampled, strict=True)))
         if culprit is not None:
             record = replace(record, culprit=culprit)
         record = self._diagnosed(record)
-        if self.detection.active():
+        if self.open_anomalies():
             self.unhealthy = record.step
         self._guarded("export", self._tally.add, record)
         return record

@@ -263,8 +263,8 @@ class Engine:
             self._on_error("readback")
             return
         for vector, step in arrived:
-            if isinstance(step, int):
-                self.samples.record(step, vector)
+            if callable(step):
+                step(vector)
                 continue
             try:
                 num_measures = len(self._chain.measures)

@@ -22,6 +22,7 @@ from gradwatch.recorder import Recorder
 from gradwatch.recording.cards import HISTORY, card_of
 from gradwatch.records import Culprit, RunInfo
 from gradwatch.rules.culprit import Clues, ModuleGradient, modules_of, of_step
+from gradwatch.rules.culprit_ranks import RankWord, of_ranks
 from gradwatch.rules.detect_nonfinite import finding_of, is_overflow
 from gradwatch.rules.guard import Verdict
 from gradwatch.rules.reading import Reading
@@ -84,10 +85,20 @@ class Investigation:
         try:
             clues = backend.clues(step.seen, is_over=is_over)
             found = of_step(clues, self._gradients(step, reading, clues), step.loss)
-            self._found = self._with_batch(found, clues.batch, step.number)
+            found = self._with_batch(found, clues.batch, step.number)
+            self._found = self._conferred(found, backend, step, clues)
         except Exception:
             self._on_error("detection")
             self._found = Culprit(message="not determined: looking for it failed, see the log")
+
+    def _conferred(self, found: Culprit, backend: Backend, step: DueStep, clues: Clues) -> Culprit:
+        """What all processes together make of it."""
+        word = RankWord(found, step.loss, clues.own_is_bad)
+        heard = backend.confer(step.number, word.to_bytes())
+        if not heard:
+            return found
+        words = [None if one is None else RankWord.from_bytes(one) for one in heard]
+        return of_ranks(words, self._info.rank)
 
     def conclude(self) -> None:
         """The row of the step is written: its card is, too."""

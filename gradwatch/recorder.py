@@ -41,6 +41,9 @@ class Recorder:
         self.samples: deque[tuple[int, Float32s]] = deque(maxlen=ring.slots)
         """By step, until the consumer takes them."""
 
+        self.local_norms: deque[tuple[int, float]] = deque(maxlen=ring.slots)
+        """Of this process alone, by step, until the consumer takes them."""
+
         self._wake = wake
         self._wake_every = max(1, ring.slots // 4)
         self._rows = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,6 +42,7 @@ SERIES = (
     "loss_scale",
     "learning_rate",
     "noise_scale",
+    "local_norm",
 )
 
 
@@ -167,7 +169,8 @@ class Recording:
         rows = self._read(f"SELECT step, {name} FROM steps ORDER BY id").fetchall()
         rows += [(record.step, getattr(record, name)) for record in tail]
         steps = np.array([step for step, _ in rows], dtype=np.int64)
-        return steps, np.array([float(value) for _, value in rows], dtype=np.float64)
+        values = [math.nan if value is None else float(value) for _, value in rows]
+        return steps, np.array(values, dtype=np.float64)
 
     def norms(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Steps [T] and the gradient norm of each layer [T, L]."""

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from gradwatch.errors import AttachError
 from gradwatch.records import Parameter
+from gradwatch.rules.detect_ranks import Pieces
 
 __all__ = [
     "ATTACH_SECONDS",
@@ -28,7 +29,9 @@ __all__ = [
     "is_sharded",
     "local",
     "missing_ranks",
+    "name_of",
     "shared_by",
+    "store_of_processes",
     "world_size",
 ]
 
@@ -56,6 +59,9 @@ class Share:
 
     is_split: bool
     """Whether any process lacks a part of what another one has: norms must be added up."""
+
+    pieces: Pieces
+    """Of all processes."""
 
     agrees: bool = False
     """Whether the processes have to exchange anything in a step."""
@@ -113,6 +119,11 @@ def shared_by(
             owners.setdefault((parameter.name, piece), holder)
             holders[parameter.name, piece] = holders.get((parameter.name, piece), 0) + 1
     place = {name: i for i, name in enumerate(parameters)}
+    number = {piece: i for i, piece in enumerate(holders)}
+    pieces = Pieces(
+        tuple(tuple(place[one.name] for one, _ in held) for held in everyone),
+        tuple(tuple(number[one.name, piece] for one, piece in held) for held in everyone),
+    )
     return Share(
         rank=rank,
         size=size,
@@ -121,6 +132,7 @@ def shared_by(
         places=tuple(place[parameter.name] for parameter, _ in mine),
         owned=tuple(owners[parameter.name, piece] == rank for parameter, piece in mine),
         is_split=any(count < size for count in holders.values()),
+        pieces=pieces,
     )
 
 
@@ -151,10 +163,10 @@ def _wait_for_everyone(group: Any, rank: int, size: int) -> None:
     Raises:
         AttachError: somebody did not come.
     """
-    store = _store()
+    store = store_of_processes()
     if store is None:
         return
-    number, name = next(_attached), _name_of(group)
+    number, name = next(_attached), name_of(group)
     keys = [f"gradwatch/attach/{name}/{number}/{one}" for one in range(size)]
     store.set(keys[rank], "here")
     try:
@@ -170,10 +182,10 @@ def _wait_for_everyone(group: Any, rank: int, size: int) -> None:
 
 def missing_ranks(group: Any, occasion: str, seconds: float = 5.0) -> list[int]:
     """The processes that do not answer, asked past the process group; [] where nobody can say."""
-    store, rank, size = _store(), dist.get_rank(group), dist.get_world_size(group)
+    store, rank, size = store_of_processes(), dist.get_rank(group), dist.get_world_size(group)
     if store is None:
         return []
-    keys = [f"gradwatch/alive/{_name_of(group)}/{occasion}/{one}" for one in range(size)]
+    keys = [f"gradwatch/alive/{name_of(group)}/{occasion}/{one}" for one in range(size)]
     try:
         store.set(keys[rank], "here")
         store.wait(keys, timedelta(seconds=seconds))
@@ -189,7 +201,7 @@ def _has(store: Any, key: str) -> bool:
         return False
 
 
-def _store() -> Any:
+def store_of_processes() -> Any:
     """Where the processes have met: a dict over TCP that no collective is needed for."""
     get = getattr(dist.distributed_c10d, "_get_default_store", None)
     try:
@@ -198,5 +210,5 @@ def _store() -> Any:
         return None
 
 
-def _name_of(group: Any) -> str:
+def name_of(group: Any) -> str:
     return str(getattr(group or dist.group.WORLD, "group_name", "world"))

@@ -6,7 +6,6 @@ import pytest
 
 from gradwatch.errors import PolicyError
 from gradwatch.policy import decoding, load_policy, parse_policy, supported
-from gradwatch.policy.supported import REFUSED
 
 
 def complaints(text: str) -> list[str]:
@@ -19,16 +18,6 @@ def test_what_accumulation_does_not_do_yet_is_refused_by_name():
     assert complaints("version: 1\naccumulate: {steps: 2, sync: every}") == [
         "policy.yaml:2:24: accumulate.sync: the choice of when to reduce is not supported by this "
         "version yet. Leave it out",
-    ]
-
-
-@pytest.mark.parametrize(
-    "kind", [entry.at.removeprefix("detect.") for entry in REFUSED if "detect." in entry.at]
-)
-def test_a_detector_to_come_is_refused_by_name(kind):
-    assert complaints(f"version: 1\ndetect:\n  {kind}: {{}}") == [
-        f"policy.yaml:3:3: detect.{kind}: the detector {kind} is not supported by this version "
-        "yet. Leave it out"
     ]
 
 
