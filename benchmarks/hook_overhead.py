@@ -228,6 +228,8 @@ def main() -> None:
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     device = options.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        arguments.error("no CUDA device is here")
     where = f"{options.threads} threads" if device == "cpu" else torch.cuda.get_device_name(device)
     print(f"torch {torch.__version__}, {where}, {options.rounds} rounds")
     print(f"{'case':44} {'clip_grad_norm_':>15} {'gradwatch':>11} {'ratio':>7}  bar")

@@ -181,6 +181,10 @@ class Backend(Protocol):
         """[S, P] by `records.SAMPLES` once the step was taken, a vector of the device or of the
         host; None where no sample was taken."""
 
+    def confer(self, step: int, word: bytes) -> Sequence[bytes | None]:
+        """What each of several processes says of a step, this one's word among it, None of who does
+        not answer; nothing where there is one process alone."""
+
     def seen(self) -> Any:
         """What was kept of the forward passes of the step that is due; it is forgotten here."""
 

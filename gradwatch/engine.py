@@ -113,6 +113,7 @@ class Engine:
         """Goes on under a policy of the same rules with other numbers, from the next step on."""
         self.catch_up(wait=True)
         self._policy, self._guard = policy, policy.guard
+        self._investigation.change(policy)
         self._chain, anew = self._chain.changed(policy)
         say_anew(anew)
 
@@ -262,8 +263,8 @@ class Engine:
             self._on_error("readback")
             return
         for vector, step in arrived:
-            if isinstance(step, int):
-                self.samples.record(step, vector)
+            if callable(step):
+                step(vector)
                 continue
             try:
                 num_measures = len(self._chain.measures)

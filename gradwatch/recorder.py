@@ -30,13 +30,19 @@ class Recorder:
         self.ring = ring
         self._recording = recording
         self.culprits: deque[tuple[int, Culprit]] = deque(maxlen=ring.slots)
-        """By step, until the consumer takes them; their cards are written."""
+        """By step, until the consumer takes them."""
+
+        self.cards: deque[Card] = deque(maxlen=ring.slots)
+        """Those that could not be written in time; the consumer tries again."""
 
         self.loss_before = False
         """Whether the loss of the newest step was logged before it."""
 
         self.samples: deque[tuple[int, Float32s]] = deque(maxlen=ring.slots)
         """By step, until the consumer takes them."""
+
+        self.local_norms: deque[tuple[int, float]] = deque(maxlen=ring.slots)
+        """Of this process alone, by step, until the consumer takes them."""
 
         self._wake = wake
         self._wake_every = max(1, ring.slots // 4)
@@ -99,16 +105,20 @@ class Recorder:
             self.samples.append((step, samples_SP))
 
     def investigated(self, step: int, culprit: Culprit, card: Card) -> None:
-        """What went bad first in a step; back when it is in the recording.
+        """What went bad first in a step; back when it is in the recording, or will be later.
 
         Raises:
-            sqlite3.Error: the card could not be written.
+            sqlite3.Error: the card could not be written yet.
         """
         if not self._is_ours():
             return
         self.culprits.append((step, culprit))
         if self._recording is not None:
-            write_card(self._recording, card)
+            try:
+                write_card(self._recording, card)
+            except BaseException:
+                self.cards.append(card)
+                raise
 
     def close_record(self) -> None:
         """Closes the newest record, so that the consumer may have it."""

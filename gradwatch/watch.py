@@ -80,8 +80,11 @@ class Watch:
         found = []
         for record in self.pipeline.recorder.newest(count):
             known = handled.get(record.step)
-            if known is not None and (known.anomalies or known.culprit):
-                record = replace(record, anomalies=known.anomalies, culprit=known.culprit)
+            if known is not None:
+                record = replace(
+                    record, anomalies=known.anomalies, culprit=known.culprit,
+                    samples=known.samples, local_norm=known.local_norm,
+                )  # fmt: skip
             found.append(record)
         return found
 

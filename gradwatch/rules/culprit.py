@@ -83,6 +83,10 @@ class Clues:
     is_order_sure: bool = False
     """Whether more than one backward pass had it, and none had another."""
 
+    own_is_bad: bool | None = None
+    """Whether the gradient of this process alone was not finite, before it was averaged with those
+    of others; None where that is not known."""
+
     batch: str = ""
     """Hash of what the model was called with last."""
 
@@ -178,8 +182,8 @@ def _outside_of_the_model(
     return Culprit(
         origin="loss",
         evidence=evidence,
-        message=f"the loss is {loss} and what the model puts out is finite: look at the targets "
-        "and the loss function",
+        message=f"the loss is {loss} and what the model puts out is finite: look at the targets, "
+        "the loss function and, where it is behind another model, at that",
     )
 
 

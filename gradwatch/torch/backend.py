@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,12 @@ from gradwatch.rules.arrays import Arrays, Vector
 from gradwatch.rules.clipping import Rule
 from gradwatch.rules.culprit import Clues
 from gradwatch.torch.arrays import HostArrays, TorchArrays
-from gradwatch.torch.culprit import ClueFinder
+from gradwatch.torch.culprit import ClueFinder, SeenStep
 from gradwatch.torch.fused import FusedSwitches
 from gradwatch.torch.gradients import Gradients, clamp, drop, gather, scale, zero_above
 from gradwatch.torch.measure import Buckets, measure, refined, smallest_trusted
-from gradwatch.torch.passes import Seen
 from gradwatch.torch.plan import ON_HOST, Plan
+from gradwatch.torch.ranks import Ranks
 from gradwatch.torch.readback import Readback
 from gradwatch.torch.sampling import Sampler
 from gradwatch.torch.units import scale_units, unit_norms
@@ -59,6 +59,9 @@ class TorchBackend:
         self._sampler: Sampler | None = None
         self.finder = finder
         """What looks for the culprit of a step that is not finite; nobody does where it is None."""
+
+        self.ranks: Ranks | None = None
+        """This process among others; None where it is alone."""
 
         self._readback = readback
         if readback is None and not plan.reads_host:
@@ -156,11 +159,21 @@ class TorchBackend:
         found = None if self._sampler is None else self._sampler.after()
         return found.cpu().numpy() if found is not None and self.reads_host else found
 
-    def seen(self) -> Seen | None:
-        return None if self.finder is None else self.finder.seen()
+    def seen(self) -> SeenStep:
+        order = () if self.finder is None else self.finder.order
+        own = None if self.ranks is None else self.ranks.take(order).is_bad
+        return SeenStep() if self.finder is None else self.finder.seen(own)
 
-    def clues(self, seen: Seen | None, *, is_over: bool) -> Clues:
+    def clues(self, seen: SeenStep, *, is_over: bool) -> Clues:
         return Clues() if self.finder is None else self.finder.clues(seen, is_over=is_over)
+
+    def confer(self, step: int, word: bytes) -> Sequence[bytes | None]:
+        return () if self.ranks is None else self.ranks.confer(step, word)
+
+    def sample_ranks(self, step: int, scale: float) -> None:
+        """What several processes compare, of a step that was handled."""
+        if self.ranks is not None:
+            self.ranks.sampled(step, scale, self._to_host)
 
     def order(self) -> Sequence[int]:
         """Parameters in the order of a backward pass; none before the first step."""
@@ -283,6 +296,14 @@ class TorchBackend:
         """Behind the step: the optimizer's attributes as they were."""
         if self.switches is not None:
             self.switches.disarm()
+
+    def _to_host(self, vector: torch.Tensor, then: Callable[[Any], None]) -> None:
+        if vector.device.type == "cpu":
+            then(vector.numpy())
+        elif self._readback is None:
+            then(vector.cpu().numpy())
+        else:
+            self.send(vector, then)
 
     def send(self, packed: torch.Tensor, what: Any) -> None:
         assert self._readback is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from gradwatch.records import Evidence
 from gradwatch.rules.culprit import Clues, Forward, Pass
 from gradwatch.rules.culprit_forward import MASKED, Call, Flag
 from gradwatch.rules.culprit_weights import BadWeight
-from gradwatch.torch.layers import COMPILED
+from gradwatch.torch.layers import COMPILED, inner_model
 from gradwatch.torch.order import BackwardOrder
 from gradwatch.torch.passes import ForwardPasses, Seen, SeenPass
 from gradwatch.torch.replay import calls_of
@@ -25,7 +26,18 @@ from gradwatch.torch.shares import local
 from gradwatch.torch.spans import flags_of, spans_of, tensors_in
 from gradwatch.torch.tracing import known, read
 
-__all__ = ["ClueFinder"]
+__all__ = ["ClueFinder", "SeenStep"]
+
+
+@dataclass(frozen=True, slots=True)
+class SeenStep:
+    """What was kept of a step that is due."""
+
+    passes: Seen | None = None
+    """None where nobody looked."""
+
+    own_is_bad: torch.Tensor | None = None
+    """0-d, of the gradient of this process alone; None where that is not known."""
 
 
 class ClueFinder:
@@ -64,20 +76,22 @@ class ClueFinder:
         """Places of parameters in the order of a backward pass; empty before the first step."""
         return self._order.places
 
-    def seen(self) -> Seen | None:
-        """What was kept of the step that is due; None where nobody looked."""
+    def seen(self, own_is_bad: torch.Tensor | None = None) -> SeenStep:
+        """What was kept of the step that is due."""
         self._order.take()
-        return None if self._passes is None else self._passes.take()
+        passes = None if self._passes is None else self._passes.take()
+        return SeenStep(passes, own_is_bad)
 
-    def clues(self, seen: Seen | None, *, is_over: bool) -> Clues:
+    def clues(self, step: SeenStep, *, is_over: bool) -> Clues:
         """
         Args:
-            seen: what `seen()` gave in that step.
+            step: what `seen()` gave in that step.
             is_over: whether the update was made, so that weights are no longer what they were.
         """
-        model = self._model()
+        model, seen = self._model(), step.passes
+        own_is_bad = None if step.own_is_bad is None else bool(step.own_is_bad)
         if model is None:
-            return Clues(order=self.order)
+            return Clues(order=self.order, own_is_bad=own_is_bad)
         bad, foreign = ((), ()) if is_over else _bad_weights(model, self._watched)
         return Clues(
             bad_weights=None if is_over else bad,
@@ -85,6 +99,7 @@ class ClueFinder:
             forward=None if seen is None else self._forward(model, seen, is_over),
             order=self.order,
             is_order_sure=self._order.is_sure,
+            own_is_bad=own_is_bad,
             batch="" if seen is None else _fingerprint(seen),
         )
 
@@ -155,7 +170,7 @@ def _bad_weights(
     """Weights that hold NaN or inf, in the order of their names: those that are watched or frozen,
     and modules with some that something else updates."""
     modules: dict[torch.nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in inner_model(model).named_parameters(remove_duplicate=False):
         module = name.replace(COMPILED, "").rpartition(".")[0]
         modules.setdefault(parameter, []).append(module)
     flags = flags_of([spans_of(local(parameter.detach())) for parameter in modules])

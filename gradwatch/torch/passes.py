@@ -19,12 +19,12 @@ from typing import Any, Protocol
 import torch
 
 from gradwatch.rules.culprit_forward import Flag
-from gradwatch.torch.layers import COMPILED
+from gradwatch.torch.layers import COMPILED, inner_model
 from gradwatch.torch.randomness import RandomState
 from gradwatch.torch.spans import flags_of, is_opaque, spans_of, tensors_in
 from gradwatch.torch.tracing import Trace
 
-__all__ = ["ForwardPasses", "Seen", "SeenPass", "device_of", "inner_model", "module_names"]
+__all__ = ["ForwardPasses", "Seen", "SeenPass", "device_of", "module_names"]
 
 MOST_PASSES = 256
 """Of one step; those behind are counted only."""
@@ -257,23 +257,13 @@ class ForwardPasses:
             self._seen.begun = len(self._seen.passes)
 
 
-def inner_model(model: torch.nn.Module) -> torch.nn.Module:
-    """The model within `torch.compile` and what replicates it."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = getattr(model, "module", None)
-        if not isinstance(inner, torch.nn.Module):
-            return model
-        model = inner
-
-
 def module_names(model: torch.nn.Module) -> dict[torch.nn.Module, str]:
     """The path of each module, as the names of parameters have it; the whole model is ``."""
     names: dict[torch.nn.Module, str] = {}
-    for path, module in model.named_modules():
+    inner = inner_model(model)
+    for path, module in inner.named_modules():
         names.setdefault(module, f"{path}.".replace(COMPILED, "").rstrip("."))
-    names[inner_model(model)] = names[model] = ""
+    names[inner] = names[model] = ""
     return names
 
 

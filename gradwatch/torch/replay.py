@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from gradwatch.rules.culprit_forward import Call
-from gradwatch.torch.passes import Batch, device_of, inner_model, module_names
+from gradwatch.torch.layers import inner_model
+from gradwatch.torch.passes import Batch, device_of, module_names
 from gradwatch.torch.tracing import Trace, read
 
 __all__ = ["calls_of"]

@@ -20,9 +20,9 @@ from gradwatch.rules.arrays import Vector
 from gradwatch.rules.clipping import LOSS, Rule
 from gradwatch.rules.culprit import Clues
 from gradwatch.torch.backend import TorchBackend
+from gradwatch.torch.culprit import SeenStep
 from gradwatch.torch.exchange import Exchange, device_for
 from gradwatch.torch.gradients import Gradients
-from gradwatch.torch.passes import Seen
 from gradwatch.torch.plan import Plan
 from gradwatch.torch.readback import Readback
 from gradwatch.torch.sampling import Sampler
@@ -54,7 +54,7 @@ class SharedBackend(TorchBackend):
         self._everywhere = bytes([1]) * len(share.parameters)
         self._places = np.array(share.places, dtype=np.intp)
 
-    def seen(self) -> Seen | None:
+    def seen(self) -> SeenStep:
         self._exchange.joined = False  # the first that is asked in a step
         return super().seen()
 
@@ -142,7 +142,7 @@ class SharedBackend(TorchBackend):
         spread[:, torch.from_numpy(self._places).to(found.device)] = found
         return spread
 
-    def clues(self, seen: Seen | None, *, is_over: bool) -> Clues:
+    def clues(self, seen: SeenStep, *, is_over: bool) -> Clues:
         found = super().clues(seen, is_over=is_over)
         return replace(found, order=[int(self._places[i]) for i in found.order])
 

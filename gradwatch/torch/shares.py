@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from gradwatch.errors import AttachError
 from gradwatch.records import Parameter
+from gradwatch.rules.detect_ranks import Pieces
 
 __all__ = [
     "ATTACH_SECONDS",
@@ -28,7 +29,9 @@ __all__ = [
     "is_sharded",
     "local",
     "missing_ranks",
+    "name_of",
     "shared_by",
+    "store_of_processes",
     "world_size",
 ]
 
@@ -59,6 +62,9 @@ class Share:
 
     is_split: bool
     """Whether any process lacks a part of what another one has: norms must be added up."""
+
+    pieces: Pieces
+    """Of all processes."""
 
     apart: str = ""
     """A parameter of which not every process has a part, or which is another one on each, where
@@ -131,6 +137,11 @@ def shared_by(
     on_ranks = [{parameter.name for parameter, _ in held} for _, held in everyone]
     apart = (name for name in parameters if name in plain or any(name not in n for n in on_ranks))
     place = {name: i for i, name in enumerate(parameters)}
+    number = {piece: i for i, piece in enumerate(holders)}
+    pieces = Pieces(
+        tuple(tuple(place[one.name] for one, _ in held) for held in everyone),
+        tuple(tuple(number[one.name, piece] for one, piece in held) for held in everyone),
+    )
     return Share(
         rank=rank,
         size=size,
@@ -140,6 +151,7 @@ def shared_by(
         owned=tuple(owners[parameter.name, piece] == rank for parameter, piece in mine),
         is_split=any(count < size for count in holders.values()),
         apart=next(apart, ""),
+        pieces=pieces,
     )
 
 
@@ -170,10 +182,10 @@ def _wait_for_everyone(group: Any, rank: int, size: int) -> None:
     Raises:
         AttachError: somebody did not come.
     """
-    store = _store()
+    store = store_of_processes()
     if store is None:
         return
-    number, name = next(_attached), _name_of(group)
+    number, name = next(_attached), name_of(group)
     keys = [f"gradwatch/attach/{name}/{number}/{one}" for one in range(size)]
     store.set(keys[rank], "here")
     try:
@@ -189,10 +201,10 @@ def _wait_for_everyone(group: Any, rank: int, size: int) -> None:
 
 def missing_ranks(group: Any, occasion: str, seconds: float = 5.0) -> list[int]:
     """The processes that do not answer, asked past the process group; [] where nobody can say."""
-    store, rank, size = _store(), dist.get_rank(group), dist.get_world_size(group)
+    store, rank, size = store_of_processes(), dist.get_rank(group), dist.get_world_size(group)
     if store is None:
         return []
-    keys = [f"gradwatch/alive/{_name_of(group)}/{occasion}/{one}" for one in range(size)]
+    keys = [f"gradwatch/alive/{name_of(group)}/{occasion}/{one}" for one in range(size)]
     try:
         store.set(keys[rank], "here")
         store.wait(keys, timedelta(seconds=seconds))
@@ -208,7 +220,7 @@ def _has(store: Any, key: str) -> bool:
         return False
 
 
-def _store() -> Any:
+def store_of_processes() -> Any:
     """Where the processes have met: a dict over TCP that no collective is needed for."""
     get = getattr(dist.distributed_c10d, "_get_default_store", None)
     try:
@@ -217,5 +229,5 @@ def _store() -> Any:
         return None
 
 
-def _name_of(group: Any) -> str:
+def name_of(group: Any) -> str:
     return str(getattr(group or dist.group.WORLD, "group_name", "world"))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import socket
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, SupportsFloat
 
@@ -16,8 +15,7 @@ from gradwatch.accumulation import Closed, MicroBatch
 from gradwatch.backend import StepContext
 from gradwatch.errors import PolicyError, TrainingStopped
 from gradwatch.policy import Policy, check_against
-from gradwatch.records import Layout, RunInfo
-from gradwatch.rules.chain import measures_of
+from gradwatch.records import Layout
 from gradwatch.rules.detect_sampled import samples_every
 from gradwatch.saying import say
 from gradwatch.torch.accumulate import MarkedLoop, UnchangedLoop
@@ -29,6 +27,7 @@ from gradwatch.torch.hooks import BackwardCounter, StepHooks, innermost, refuse_
 from gradwatch.torch.layers import watched_parameters
 from gradwatch.torch.noise import FirstMicroBatch
 from gradwatch.torch.plan import plan_for
+from gradwatch.torch.ranks import Ranks
 from gradwatch.torch.reduction import Reduction
 from gradwatch.torch.refusals import (
     accumulates_for_the_loop,
@@ -36,8 +35,10 @@ from gradwatch.torch.refusals import (
     refuse_to_enforce,
     refuse_unknown_updates,
 )
+from gradwatch.torch.run_info import run_info
 from gradwatch.torch.scaling import follower
 from gradwatch.torch.shared import SharedBackend
+from gradwatch.torch.shares import Share
 from gradwatch.torch.state import as_arrays, as_tensors
 from gradwatch.torch.together import culprits_for, refuse_scaler, together
 from gradwatch.watch import Watch
@@ -78,24 +79,10 @@ class TorchWatch(Watch):
         layout = Layout.of(known, policy.grouping)
         check_against(policy, layout)
         refuse_unknown_updates(policy, self._optimizer)
-        info = RunInfo(
-            run=run,
-            layout=layout,
-            rules=tuple(rule.name for rule in policy.clip),
-            multiplying=tuple(r.name for r in policy.clip if r.then in ("scale", "zero")),
-            measures=measures_of(policy),
-            mode=policy.effective_mode,
-            policy=policy.canonical_yaml(),
-            policy_sha256=policy.sha256,
-            rank=0 if share is None else share.rank,
-            framework=f"torch {torch.__version__}",
-            device=str(tensors[0].device),
-            host=socket.gethostname(),
-            model=type(model).__name__,
-            version=version,
-            started=started,
-            pid=pid,
-        )
+        info = run_info(
+            model, policy, layout, rank=0 if share is None else share.rank,
+            device=str(tensors[0].device), run=run, version=version, started=started, pid=pid,
+        )  # fmt: skip
         for_the_loop = accumulates_for_the_loop(policy)
         self._policy = policy
         self._described = parameters
@@ -116,6 +103,8 @@ class TorchWatch(Watch):
         order = weakref.WeakMethod(self._backend.order)
         self.pipeline.consumer.order = lambda: () if (of := order()) is None else of()
         self._is_one_of_several = share is not None
+        if share is not None:
+            self._backend.ranks = self._ranks(share, tensors, policy)
         self.follows_its_policy = share is None  # ranks would take it over at different steps
         if self.plan.reason:
             say(logging.WARNING, "gradwatch %s", self.plan)
@@ -149,6 +138,23 @@ class TorchWatch(Watch):
                             "they are neither watched nor clipped")  # fmt: skip
         if self._is_due():
             super().process()
+            self._sample_ranks()
+
+    def _ranks(self, share: Share, tensors: Sequence[torch.nn.Parameter], policy: Policy) -> Ranks:
+        pipeline = self.pipeline
+        consumer = pipeline.consumer
+        ranks = Ranks(share, tensors, self.info.layout, policy.detect, consumer.found)
+        ranks.took_norm = lambda step, norm: pipeline.recorder.local_norms.append((step, norm))
+        consumer.active_elsewhere = ranks.watch.active
+        consumer.chores.append(ranks.watch)
+        return ranks
+
+    def _sample_ranks(self) -> None:
+        scale = self._loss_scale if math.isfinite(self._loss_scale) else 1.0
+        try:
+            self._backend.sample_ranks(self._engine.num_steps - 1, scale)
+        except Exception:
+            self.pipeline.report("measure")
 
     def process_ahead(self) -> None:
         """`process` of a step that is due, before something else touches its gradients.
@@ -186,8 +192,9 @@ class TorchWatch(Watch):
         layout = Layout.of(self._described, self._policy.grouping)
         self.plan = plan_for(self._policy, layout, self._optimizer, tensors)
         self._backend.disarm()
-        finder = self._backend.finder
-        self._backend = TorchBackend(tensors, self._optimizer, self.plan, finder=finder)
+        before = self._backend
+        self._backend = TorchBackend(tensors, self._optimizer, self.plan, finder=before.finder)
+        self._backend.ranks = before.ranks
         self._counter.extend(tensors)
         self._engine.extend(self._backend, layout)
         loops = (self._first, self._marked_loop, self._unchanged)
@@ -375,6 +382,8 @@ class TorchWatch(Watch):
         self._counter.remove()
         if self._backend.finder is not None:
             self._backend.finder.remove()
+        if self._backend.ranks is not None:
+            self._backend.ranks.remove()
         self._backend.disarm()
         self._abandon()
         if self._hooks is not None:

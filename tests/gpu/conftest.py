@@ -1,4 +1,4 @@
-"""What runs on a CUDA device only, and says so where there is none."""
+"""What runs on a CUDA device: models there, and watches that are closed when the test ends."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ import pytest
 import torch
 
 import gradwatch
-
-
-@pytest.fixture(autouse=True)
-def _device() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device is here: nothing of tests/gpu was tried")
 
 
 @pytest.fixture

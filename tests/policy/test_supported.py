@@ -6,23 +6,12 @@ import pytest
 
 from gradwatch.errors import PolicyError
 from gradwatch.policy import decoding, load_policy, parse_policy, supported
-from gradwatch.policy.supported import REFUSED
 
 
 def complaints(text: str) -> list[str]:
     with pytest.raises(PolicyError) as caught:
         parse_policy(text, "policy.yaml")
     return str(caught.value).splitlines()
-
-
-@pytest.mark.parametrize(
-    "kind", [entry.at.removeprefix("detect.") for entry in REFUSED if "detect." in entry.at]
-)
-def test_a_detector_to_come_is_refused_by_name(kind):
-    assert complaints(f"version: 1\ndetect:\n  {kind}: {{}}") == [
-        f"policy.yaml:3:3: detect.{kind}: the detector {kind} is not supported by this version "
-        "yet. Leave it out"
-    ]
 
 
 def test_what_is_refused_does_not_hide_other_mistakes():

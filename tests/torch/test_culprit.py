@@ -18,8 +18,9 @@ from torch import nn
 from benchmarks.detectors.tasks import task as make_task
 from gradwatch.investigation import MOST_IN_A_ROW
 from gradwatch.torch.passes import MOST_FAILURES
+from tests.torch.odd_models import ODD, odd_task
 
-MODELS = ("cnn", "deep", "gpt", "tanh")
+MODELS = ("cnn", "deep", "gpt", "tanh", *ODD)
 SEEDS = 4
 KINDS = ("weight", "activation", "loss", "backward", "input")
 SKIP = {"version": 1, "guard": {"nonfinite": "skip", "patience": 1000}}
@@ -96,7 +97,8 @@ class Injection:
             # A module without weights is between the two whose gradients are known.
             before, behind = map(self._ended, culprit.near)
             return before <= self._ended(self.module) <= behind
-        return culprit.module == self.module or (
+        tied = "embed" if isinstance(self.model, ODD["tied"]) and self.module == "head" else ""
+        return culprit.module in (self.module, tied) or (
             culprit.evidence == "live" and self.module in culprit.near
         )
 
@@ -117,7 +119,7 @@ def candidates(model, kind):
 
 def injected(name: str, kind: str, seed: int, how: str, attach) -> tuple[Injection, object] | None:
     """The culprit of one fault in the fourth step; None where it has left no trace."""
-    made = make_task(name, seed)
+    made = odd_task(name, seed) if name in ODD else make_task(name, seed)
     draw = random.Random(f"{name} {kind} {seed}")
     draw.Random = random.Random
     module = draw.choice(list(candidates(made.model, kind)))
@@ -146,7 +148,7 @@ def test_the_culprit_of_random_faults_is_found_and_never_a_wrong_one(how, attach
     for name in MODELS:
         for kind in KINDS:
             for seed in range(SEEDS):
-                if kind == "input" and name == "gpt":
+                if kind == "input" and name in ("gpt", "tied"):
                     continue  # its inputs are codes
                 done = injected(name, kind, seed, how, attach)
                 if done is None:
@@ -162,8 +164,7 @@ def test_the_culprit_of_random_faults_is_found_and_never_a_wrong_one(how, attach
     print(f"{how}: {right} of {count} right, {len(unknown)} not determined, {len(wrong)} wrong")
     assert wrong == []
     assert count >= 40
-    if how != "flags":
-        assert right >= 0.95 * count, unknown
+    assert right >= (0.3 if how == "flags" else 0.95) * count, unknown
 
 
 class Drops(nn.Module):

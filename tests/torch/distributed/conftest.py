@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 def forks() -> Iterator[subprocess.Popen[str]]:
     """Forks ranks when told; begun once, since importing torch takes longer than most cases."""
     server = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("ranks.py")],
+        [sys.executable, Path(__file__).with_name("forks.py")],
         cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

@@ -1,0 +1,94 @@
+"""One process among several, on the training thread: its own gradient, and its word to the others.
+
+backward: own gradient  ->  take (a step is due)  ->  sampled  ->  the thread behind
+a step that is not finite  ->  confer  ->  what each process says
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gradwatch.policy import Detect
+from gradwatch.records import Anomaly, Layout
+from gradwatch.rules.detect_ranks import DIVERGENCE, OUTLIER
+from gradwatch.torch.mailbox import Mailbox
+from gradwatch.torch.own_gradient import Own, OwnGradient
+from gradwatch.torch.rank_watch import RankWatch, checksums
+from gradwatch.torch.shares import Share
+
+__all__ = ["Ranks"]
+
+CONFER_SECONDS = 2.0
+"""For which a bad step waits for the words of other processes, at most."""
+
+Send = Callable[[torch.Tensor, Callable[[Any], None]], None]
+
+
+class Ranks:
+    def __init__(
+        self,
+        share: Share,
+        tensors: Sequence[torch.nn.Parameter],
+        layout: Layout,
+        detect: Detect,
+        found: Callable[[Anomaly], None],
+    ) -> None:
+        """
+        Args:
+            found: takes what is found on the thread behind.
+        """
+        self._tensors = list(tensors)
+        self._mailbox = Mailbox(share)
+        # Where parameters are split their gradients are never those of one process.
+        self._own = None if share.is_split else OwnGradient(tensors)
+        self._last = Own()
+        self._every = detect.every if self._own is not None else 0
+        self.watch = RankWatch(share, layout, detect, self._mailbox, found)
+        self.took_norm: Callable[[int, float], None] = lambda step, norm: None
+        """Takes the own norm of a step."""
+
+    def take(self, order: Sequence[int]) -> Own:
+        """Of the step that is due."""
+        self._last = Own() if self._own is None else self._own.take(order)
+        return self._last
+
+    def sampled(self, step: int, scale: float, send: Send) -> None:
+        """A step was handled: its samples go to the thread behind.
+
+        Args:
+            step: its number; that of the next one is one more.
+            scale: what the loss was multiplied by.
+            send: a vector to the host, and what to do with it there.
+        """
+        if (norm := self._last.norm) is not None:
+            send(norm.double().reshape(1) / scale, functools.partial(self._norm_came, step))
+        if (every := self.watch.sums_every) and step % every == 0:
+            send(checksums(self._tensors), functools.partial(self._sums_came, step))
+        if self._own is not None and self._every and (step + 1) % self._every == 0:
+            self._own.sample()
+        self._last = Own()
+
+    def confer(self, step: int, word: bytes) -> Sequence[bytes | None]:
+        if not self._mailbox.is_open:
+            return ()
+        self._mailbox.post("bad", step, word)
+        return self._mailbox.answers("bad", step, CONFER_SECONDS)
+
+    def remove(self) -> None:
+        if self._own is not None:
+            self._own.remove()
+
+    def _norm_came(self, step: int, norm: Any) -> None:
+        value = float(norm[0])
+        if math.isfinite(value):
+            self.took_norm(step, value)
+        if self.watch.compares_norms:
+            self.watch.sampled(OUTLIER, step, [value])
+
+    def _sums_came(self, step: int, sums: Any) -> None:
+        self.watch.sampled(DIVERGENCE, step, sums)
