@@ -117,24 +117,25 @@ def shared_by(
         (parameter, _piece(tensor, parameter, shard_keys or {}))
         for tensor, parameter in zip(tensors, described, strict=True)
     ]
-    everyone: list[Any] = [None] * size
-    dist.all_gather_object(everyone, (policy, mine), group=group)
-    for other, (theirs, _) in enumerate(everyone):
-        if theirs != everyone[0][0]:
+    told: list[Any] = [None] * size
+    dist.all_gather_object(told, (policy, mine), group=group)
+    for other, (theirs, _) in enumerate(told):
+        if theirs != told[0][0]:
             raise AttachError(
                 f"rank {other} has another policy than rank 0, and they would decide differently. "
                 "Pass the same policy on every rank"
             )
+    everyone = [held for _, held in told]
     parameters: dict[str, Parameter] = {}
     owners: dict[tuple[str, tuple[Hashable, ...]], int] = {}
     holders: dict[tuple[str, tuple[Hashable, ...]], int] = {}
-    for holder, (_, held) in enumerate(everyone):
+    for holder, held in enumerate(everyone):
         for parameter, piece in held:
             parameters.setdefault(parameter.name, parameter)
             owners.setdefault((parameter.name, piece), holder)
             holders[parameter.name, piece] = holders.get((parameter.name, piece), 0) + 1
     plain = {name for (name, piece), count in holders.items() if WHOLE in piece and count < size}
-    on_ranks = [{parameter.name for parameter, _ in held} for _, held in everyone]
+    on_ranks = [{parameter.name for parameter, _ in held} for held in everyone]
     apart = (name for name in parameters if name in plain or any(name not in n for n in on_ranks))
     place = {name: i for i, name in enumerate(parameters)}
     number = {piece: i for i, piece in enumerate(holders)}

@@ -44,6 +44,11 @@ def together(
                 "measure the part of this one. Leave it out, and attach on every rank"
             )
         return None
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise AttachError(
+            "FullyShardedDataParallel leaves each rank a part of its parameters without saying "
+            "which, also with use_orig_params=True. Use torch.distributed.fsdp.fully_shard"
+        )
     share = shared_by(tensors, described, shard_keys=shard_keys, policy=policy.sha256)
     accumulates = policy.accumulate is not None and policy.mode == "enforce"
     compares_loss = any(rule.measure == "loss" for rule in policy.clip)

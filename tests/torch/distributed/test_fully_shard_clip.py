@@ -96,3 +96,55 @@ def clipped(rank: int, size: int, dimensions: int, measure: str):
 @pytest.mark.parametrize(("dimensions", "size"), [(1, 2), (2, 4)])
 def test_shards_are_clipped_as_torch_clips_the_whole(on_ranks, dimensions, size, measure):
     assert on_ranks(clipped, dimensions, measure, size=size) == [True] * size
+
+
+class Container(torch.optim.Optimizer):
+    """Like torchtitan's: an optimizer over all parameters, which steps one for each model part."""
+
+    def __init__(self, parts) -> None:
+        self.optimizers = [torch.optim.AdamW(part.parameters(), lr=1e-2) for part in parts]
+        super().__init__([p for part in parts for p in part.parameters()], {"lr": 1e-2})
+
+    def step(self, closure=None):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+
+def as_torchtitan_trains(rank: int, size: int):
+    """Sharded, tensor-parallel parts under one container, micro-batches divided by the loop."""
+    reference = mlps().double()
+    model = copy.deepcopy(reference)
+    data_rank = two_dimensional(model)
+    theirs, ours = torch.optim.AdamW(reference.parameters(), lr=1e-2), Container(list(model))
+    schedule = torch.optim.lr_scheduler.LambdaLR(ours.optimizers[0], lambda step: 1.0)
+    policy = {
+        "version": 1, "accumulate": {"steps": 2, "drive": "loop"},
+        "clip": [{"limit": MAX_NORM, "eps": 1e-6}],
+    }  # fmt: skip
+    with gradwatch.attach(model, ours, policy, port=None, recording=None) as watch:
+        for step in range(5):
+            ours.zero_grad()
+            theirs.zero_grad()
+            for half in range(2):
+                draw = torch.Generator().manual_seed(2 * step + half)
+                x = torch.randn(6, WIDTH, generator=draw).double()
+                (1000 * reference(x).square().mean() / 2).backward()
+                (1000 * model(x.chunk(2)[data_rank]).square().mean() / 2).backward()
+            total = nn.utils.clip_grad_norm_(reference.parameters(), MAX_NORM)
+            theirs.step()
+            ours.step()
+            schedule.step()
+            assert watch.latest.total_norm == pytest.approx(float(total), rel=5e-7)
+            assert (watch.latest.micro_batches, watch.latest.learning_rate) == (2, 1e-2)
+        for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+            assert torch.allclose(one.full_tensor(), other, rtol=0, atol=1e-9)
+    return True
+
+
+@pytest.mark.slow
+def test_a_loop_in_the_manner_of_torchtitan(on_ranks):
+    assert on_ranks(as_torchtitan_trains) == [True] * 4

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import gradwatch
 
@@ -85,6 +85,12 @@ def refused(rank, size):
         with pytest.raises((gradwatch.PolicyError, gradwatch.AttachError)) as error:
             sharded({"version": 1, "clip": [clip]})
         said.append(str(error.value))
+    model = FullyShardedDataParallel(
+        nn.Sequential(nn.Linear(6, 9)), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    with pytest.raises(gradwatch.AttachError) as error:
+        gradwatch.attach(model, torch.optim.SGD(model.parameters()), port=None, recording=None)
+    said.append(str(error.value))
     return said
 
 
@@ -93,6 +99,7 @@ def test_what_is_not_measured_of_shards_is_refused(on_ranks):
     for said in on_ranks(refused, size=2):
         assert "per unit" in said[0]
         assert "updates" in said[1]
+        assert "Use torch.distributed.fsdp.fully_shard" in said[2]
 
 
 def one_without_gradients(rank, size):
