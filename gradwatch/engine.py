@@ -335,6 +335,9 @@ class Engine:
 
     def _finish(self, step: DueStep, reading: Reading) -> None:
         """Judges and ends a step of which the host learns when it is over."""
+        if step.loss is None:  # it has come from the device, too, meanwhile
+            step.loss = self._recorder.pending(step.number, "loss")
+            self._recorder.loss_before = step.loss is not None
         verdict = self._judged(step, reading)
         # Its weights are those of now where nothing was updated since.
         is_over = not (self.enforcing and verdict.skip) or self.num_steps > step.number + 1

@@ -67,16 +67,24 @@ class Recorder:
             backward_seen: whether a backward pass ran since the last of them.
         """
         for name, value in scalars.items():
-            if num_steps == 0 and not backward_seen:
-                self._logged_before_step.add(name)
-            is_due = backward_seen or name in self._logged_before_step
-            step = num_steps if is_due else num_steps - 1
-            if step > self._newest:
-                self._pending.setdefault(step, {})[name] = value
-            elif self._is_ours() and not self.ring.log(name, value) and not self._told_late:
-                self._told_late = True
-                say(logging.WARNING, "watch.log: %s came when the record of its step was closed "
-                    "by flush(); log before it", name)  # fmt: skip
+            step = self.step_of(name, num_steps=num_steps, backward_seen=backward_seen)
+            self.put(name, step, value)
+
+    def step_of(self, name: str, *, num_steps: int, backward_seen: bool) -> int:
+        """The step that a scalar belongs to which is logged now; arguments as in `log`."""
+        if num_steps == 0 and not backward_seen:
+            self._logged_before_step.add(name)
+        is_due = backward_seen or name in self._logged_before_step
+        return num_steps if is_due else num_steps - 1
+
+    def put(self, name: str, step: int, value: float) -> None:
+        """A scalar of a step that is due, or of the newest."""
+        if step > self._newest:
+            self._pending.setdefault(step, {})[name] = value
+        elif self._is_ours() and not self.ring.log(name, value) and not self._told_late:
+            self._told_late = True
+            say(logging.WARNING, "watch.log: %s came when the record of its step was closed "
+                "by flush(); log before it", name)  # fmt: skip
 
     def pending(self, step: int, name: str) -> float | None:
         """What was logged under a name for a step that is due."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any, SupportsFloat
 
@@ -27,7 +27,7 @@ from gradwatch.torch.hooks import BackwardCounter, StepHooks, innermost, refuse_
 from gradwatch.torch.layers import watched_parameters
 from gradwatch.torch.noise import FirstMicroBatch
 from gradwatch.torch.plan import plan_for
-from gradwatch.torch.ranks import Ranks
+from gradwatch.torch.ranks import ranks_of
 from gradwatch.torch.reduction import Reduction
 from gradwatch.torch.refusals import (
     accumulates_for_the_loop,
@@ -38,7 +38,6 @@ from gradwatch.torch.refusals import (
 from gradwatch.torch.run_info import run_info
 from gradwatch.torch.scaling import follower
 from gradwatch.torch.shared import SharedBackend
-from gradwatch.torch.shares import Share
 from gradwatch.torch.state import as_arrays, as_tensors
 from gradwatch.torch.together import culprits_for, refuse_scaler, together
 from gradwatch.watch import Watch
@@ -85,6 +84,7 @@ class TorchWatch(Watch):
         )  # fmt: skip
         for_the_loop = accumulates_for_the_loop(policy)
         self._policy = policy
+        self._compares_loss = any(rule.measure == "loss" for rule in policy.clip)
         self._described = parameters
         self._model = weakref.ref(model)
         self._num_known = 0 if self._optimizer is None else _count(self._optimizer)
@@ -104,7 +104,7 @@ class TorchWatch(Watch):
         self.pipeline.consumer.order = lambda: () if (of := order()) is None else of()
         self._is_one_of_several = share is not None
         if share is not None:
-            self._backend.ranks = self._ranks(share, tensors, policy)
+            self._backend.ranks = ranks_of(share, tensors, layout, policy.detect, self.pipeline)
         self.follows_its_policy = share is None  # ranks would take it over at different steps
         if self.plan.reason:
             say(logging.WARNING, "gradwatch %s", self.plan)
@@ -139,15 +139,6 @@ class TorchWatch(Watch):
         if self._is_due():
             super().process()
             self._sample_ranks()
-
-    def _ranks(self, share: Share, tensors: Sequence[torch.nn.Parameter], policy: Policy) -> Ranks:
-        pipeline = self.pipeline
-        consumer = pipeline.consumer
-        ranks = Ranks(share, tensors, self.info.layout, policy.detect, consumer.found)
-        ranks.took_norm = lambda step, norm: pipeline.recorder.local_norms.append((step, norm))
-        consumer.active_elsewhere = ranks.watch.active
-        consumer.chores.append(ranks.watch)
-        return ranks
 
     def _sample_ranks(self) -> None:
         scale = self._loss_scale if math.isfinite(self._loss_scale) else 1.0
@@ -371,6 +362,15 @@ class TorchWatch(Watch):
         self._engine.stepped()
         self._backend.seen()
         self._counter.take()  # a line search goes on evaluating within the step
+
+    def _sends(self, name: str, value: SupportsFloat) -> bool:
+        if self._compares_loss:
+            return False
+        recorder = self.pipeline.recorder
+        step = recorder.step_of(
+            name, num_steps=self._engine.num_steps, backward_seen=self._backward_seen()
+        )
+        return self._backend.sends(value, lambda host: recorder.put(name, step, float(host[0])))
 
     def _number(self, value: SupportsFloat) -> float:
         return float(value.detach() if isinstance(value, torch.Tensor) else value)

@@ -42,11 +42,14 @@ def test_no_step_waits_for_the_device(attach, model, batches, loop, scaled):
     scaler = torch.amp.GradScaler("cuda", enabled=scaled)
     policy = {**(policy or {"version": 1, "mode": "shadow"}), "detect": {"every": 2}}
     watch = attach(model, optimizer, policy, scaler=scaler if scaled else None)
+    losses = []
     try:
         for step in range(24):
             torch.cuda.set_sync_debug_mode("error" if step >= WARM else "default")
             loss = model(batches[step % len(batches)]).square().mean()
             scaler.scale(loss).backward()
+            watch.log(loss=loss)
+            losses.append(loss.detach())
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -54,6 +57,8 @@ def test_no_step_waits_for_the_device(attach, model, batches, loop, scaled):
         torch.cuda.set_sync_debug_mode("default")
     watch.flush()
     assert [record.step for record in watch.history(99)] == list(range(24))
+    logged = [record.scalars["loss"] for record in watch.history(99)]
+    assert logged == [float(loss) for loss in losses]
     assert not any(watch.pipeline.tally.status().hook_errors.values())
 
 
