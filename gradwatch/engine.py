@@ -169,6 +169,8 @@ class Engine:
             self._end(due, dropped, self._judged(due, dropped))
         step = self._due(context)
         step.loss = self._recorder.pending(step.number, "loss")
+        times_logged = self._recorder.times_logged(step.number, "loss")
+        step.is_loss_whole = times_logged >= context.micro_batches
         self._recorder.loss_before = step.loss is not None
         doing, reading, verdict = "measure", None, Verdict()
         try:
