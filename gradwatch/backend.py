@@ -188,6 +188,9 @@ class Backend(Protocol):
     def seen(self) -> Any:
         """What was kept of the forward passes of the step that is due; it is forgotten here."""
 
+    def was_finite(self, seen: Any) -> None:
+        """The step of which that was kept was finite: what was odd in it is no fault."""
+
     def clues(self, seen: Any, *, is_over: bool) -> Clues:
         """What is known of a step that is not finite.
 

@@ -190,7 +190,7 @@ class Consumer:
     def _run(self) -> None:
         while True:
             stopping = self._stopping
-            for chore in self.chores:
+            for chore in () if stopping else self.chores:
                 self._guarded("readback", chore)
             with self._handling:
                 self._guarded("readback", self._round)

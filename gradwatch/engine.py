@@ -168,8 +168,7 @@ class Engine:
             dropped = overflowed(due.limits)
             self._end(due, dropped, self._judged(due, dropped))
         step = self._due(context)
-        step.loss = self._recorder.pending(step.number, "loss")
-        self._recorder.loss_before = step.loss is not None
+        self._take_loss(step)
         doing, reading, verdict = "measure", None, Verdict()
         try:
             step.seen = self._backend.seen()
@@ -335,14 +334,17 @@ class Engine:
 
     def _finish(self, step: DueStep, reading: Reading) -> None:
         """Judges and ends a step of which the host learns when it is over."""
-        if step.loss is None:  # it has come from the device, too, meanwhile
-            step.loss = self._recorder.pending(step.number, "loss")
-            self._recorder.loss_before = step.loss is not None
+        self._take_loss(step)
         verdict = self._judged(step, reading)
         # Its weights are those of now where nothing was updated since.
         is_over = not (self.enforcing and verdict.skip) or self.num_steps > step.number + 1
         self._investigation.look(self._backend, step, reading, verdict, is_over=is_over)
         self._end(step, reading, verdict)
+
+    def _take_loss(self, step: DueStep) -> None:
+        """What was logged before a step; from a device it comes when the step does."""
+        step.loss, times = self._recorder.loss_of(step.number)
+        step.is_loss_whole = times >= step.context.micro_batches
 
     def _judged(self, step: DueStep, reading: Reading) -> Verdict:
         verdict, self._skips = judge(

@@ -21,7 +21,8 @@ from gradwatch.policy import Detect, Policy
 from gradwatch.recorder import Recorder
 from gradwatch.recording.cards import HISTORY, card_of
 from gradwatch.records import Culprit, RunInfo
-from gradwatch.rules.culprit import Clues, ModuleGradient, modules_of, of_step
+from gradwatch.rules.culprit import Clues, of_step
+from gradwatch.rules.culprit_gradients import ModuleGradient, modules_of
 from gradwatch.rules.culprit_ranks import RankWord, of_ranks
 from gradwatch.rules.detect_nonfinite import finding_of, is_overflow
 from gradwatch.rules.guard import Verdict
@@ -71,6 +72,7 @@ class Investigation:
         self._found, self._step = None, step.number
         if math.isfinite(reading.total_norm) and np.isfinite(reading.norms_Q).all():
             self._credit = min(MOST_IN_A_ROW, self._credit + REFILL)
+            self._guarded(lambda: backend.was_finite(step.seen))
             return
         scale = reading.loss_scale
         scale = scale if math.isfinite(scale) else step.context.loss_scale
@@ -84,7 +86,10 @@ class Investigation:
             return
         try:
             clues = backend.clues(step.seen, is_over=is_over)
-            found = of_step(clues, self._gradients(step, reading, clues), step.loss)
+            # A finite one says nothing of those that were not logged.
+            is_known = step.is_loss_whole or not math.isfinite(step.loss or 0.0)
+            loss = step.loss if is_known else None
+            found = of_step(clues, self._gradients(step, reading, clues), loss)
             found = self._with_batch(found, clues.batch, step.number)
             self._found = self._conferred(found, backend, step, clues)
         except Exception:
@@ -114,6 +119,12 @@ class Investigation:
             self._recorder.investigated(record.step, found, card)
         except Exception:
             self._on_error("recording")
+
+    def _guarded(self, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except Exception:
+            self._on_error("detection")
 
     def _gradients(
         self, step: DueStep, reading: Reading, clues: Clues

@@ -6,6 +6,7 @@ engine -> Recorder -> ring -> Consumer (its own thread)
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -51,6 +52,8 @@ class Recorder:
         self._pending: dict[int, dict[str, float]] = {}
         """By step, of steps without a row yet."""
 
+        self._times_logged: dict[tuple[int, str], int] = {}
+
         self._logged_before_step: set[str] = set()
         self._pid = os.getpid()
         self._told_late = False
@@ -80,15 +83,21 @@ class Recorder:
     def put(self, name: str, step: int, value: float) -> None:
         """A scalar of a step that is due, or of the newest."""
         if step > self._newest:
-            self._pending.setdefault(step, {})[name] = value
+            pending = self._pending.setdefault(step, {})
+            # Of several in one step the first that is not finite is not to be lost.
+            if math.isfinite(pending.get(name, 0.0)):
+                pending[name] = value
+            self._times_logged[step, name] = self._times_logged.get((step, name), 0) + 1
         elif self._is_ours() and not self.ring.log(name, value) and not self._told_late:
             self._told_late = True
             say(logging.WARNING, "watch.log: %s came when the record of its step was closed "
                 "by flush(); log before it", name)  # fmt: skip
 
-    def pending(self, step: int, name: str) -> float | None:
-        """What was logged under a name for a step that is due."""
-        return self._pending.get(step, {}).get(name)
+    def loss_of(self, step: int) -> tuple[float | None, int]:
+        """The loss that was logged for a step that is due, and how often one was."""
+        loss = self._pending.get(step, {}).get("loss")
+        self.loss_before = loss is not None
+        return loss, self._times_logged.get((step, "loss"), 0)
 
     def defer(self, step: int, by: int) -> None:
         """What was logged for a step is that of a later one: some before it were never seen."""
@@ -99,6 +108,9 @@ class Recorder:
         """One step; closes the record before it."""
         for step in [step for step in self._pending if step < row.step]:
             del self._pending[step]
+        self._times_logged = {
+            key: times for key, times in self._times_logged.items() if key[0] > row.step
+        }
         if not self._is_ours():
             return
         self.ring.append(row, self._pending.pop(row.step, {}))

@@ -68,15 +68,15 @@ class Call:
     """Calls that had ended when this one began: those after it are inside of it."""
 
 
-def of_forward(calls: Sequence[Call], bad_weights: Sequence[BadWeight] = ()) -> Culprit | None:
+def of_forward(
+    calls: Sequence[Call], bad_weights: Sequence[BadWeight] | None = ()
+) -> Culprit | None:
     """The first module that makes bad outputs of good inputs; None where none does.
 
     Args:
         calls: of one pass; not empty.
-        bad_weights: those that are known.
+        bad_weights: None where they are not known.
     """
-    if calls[-1].inputs is Flag.BAD:
-        return Culprit(origin="input", message="what the model was called with holds NaN or inf")
     makes_bad = (
         i for i, c in enumerate(calls) if c.outputs is Flag.BAD and c.inputs is not Flag.BAD
     )
@@ -84,6 +84,13 @@ def of_forward(calls: Sequence[Call], bad_weights: Sequence[BadWeight] = ()) -> 
     if first is None:
         return None
     call = calls[first]
+    if bad_weights is None:
+        name = name_of(call.module)
+        return Culprit(
+            near=(name,),
+            message=f"not determined: the outputs of {name} hold NaN or inf while its inputs are "
+            "finite: its weights or its forward pass; an update was made before the host knew",
+        )
     name, guilty = name_of(call.module), owner(call.module, bad_weights)
     if guilty is not None and len(bad_weights) > 1:
         return Culprit(

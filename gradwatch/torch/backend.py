@@ -20,6 +20,7 @@ from gradwatch.torch.culprit import ClueFinder, SeenStep
 from gradwatch.torch.fused import FusedSwitches
 from gradwatch.torch.gradients import Gradients, clamp, drop, gather, scale, zero_above
 from gradwatch.torch.measure import Buckets, measure, refined, smallest_trusted
+from gradwatch.torch.own_gradient import Own, OwnGradient
 from gradwatch.torch.plan import ON_HOST, Plan
 from gradwatch.torch.ranks import Ranks
 from gradwatch.torch.readback import Readback
@@ -60,6 +61,10 @@ class TorchBackend:
         self.finder = finder
         """What looks for the culprit of a step that is not finite; nobody does where it is None."""
 
+        self.own: OwnGradient | None = None
+        """What looks at gradients as a backward pass leaves them."""
+
+        self._own_step = Own()
         self.ranks: Ranks | None = None
         """This process among others; None where it is alone."""
 
@@ -161,8 +166,12 @@ class TorchBackend:
 
     def seen(self) -> SeenStep:
         order = () if self.finder is None else self.finder.order
-        own = None if self.ranks is None else self.ranks.take(order).is_bad
-        return SeenStep() if self.finder is None else self.finder.seen(own)
+        self._own_step = Own() if self.own is None else self.own.take(order)
+        return SeenStep() if self.finder is None else self.finder.seen(self._own_step.is_bad)
+
+    def was_finite(self, seen: SeenStep) -> None:
+        if self.finder is not None:
+            self.finder.was_finite(seen)
 
     def clues(self, seen: SeenStep, *, is_over: bool) -> Clues:
         return Clues() if self.finder is None else self.finder.clues(seen, is_over=is_over)
@@ -172,8 +181,11 @@ class TorchBackend:
 
     def sample_ranks(self, step: int, scale: float) -> None:
         """What several processes compare, of a step that was handled."""
-        if self.ranks is not None:
-            self.ranks.sampled(step, scale, self._to_host)
+        if self.ranks is None:
+            return
+        self.ranks.sampled(step, self._own_step.norm, scale, self._to_host)
+        if self.own is not None and self.ranks.samples(step + 1):
+            self.own.sample()
 
     def order(self) -> Sequence[int]:
         """Parameters in the order of a backward pass; none before the first step."""

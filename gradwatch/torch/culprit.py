@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from gradwatch.torch.passes import ForwardPasses, Seen, SeenPass
 from gradwatch.torch.replay import calls_of
 from gradwatch.torch.shares import local
 from gradwatch.torch.spans import flags_of, spans_of, tensors_in
-from gradwatch.torch.tracing import known, read
+from gradwatch.torch.tracing import Trace, known, read
 
 __all__ = ["ClueFinder", "SeenStep"]
 
@@ -38,6 +38,33 @@ class SeenStep:
 
     own_is_bad: torch.Tensor | None = None
     """0-d, of the gradient of this process alone; None where that is not known."""
+
+
+@dataclass(slots=True)
+class Usual:
+    """What was bad in a step that was finite."""
+
+    weights: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    """Spans by `id`."""
+
+    weights_are_known: bool = False
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    """Spans of the last pass of the last such step."""
+
+    trace: Trace | None = None
+
+    def has_bad_inputs(self) -> bool:
+        return flags_of([self.inputs])[0] is Flag.BAD
+
+    def without_usual(self, passes: Sequence[Sequence[Call]]) -> list[Sequence[Call]]:
+        """Calls whose outputs are bad as they were then say nothing."""
+        if self.trace is None:
+            return list(passes)
+        usual = {call.module for call in read([self.trace])[0] if call.outputs is Flag.BAD}
+        return [
+            [replace(c, outputs=Flag.UNKNOWN) if c.module in usual else c for c in calls]
+            for calls in passes
+        ]
 
 
 class ClueFinder:
@@ -60,6 +87,7 @@ class ClueFinder:
         self._watched = frozenset(map(id, parameters))
         self._is_amid = is_amid
         self._order = BackwardOrder(() if how == "none" else parameters)
+        self._usual = Usual()
         self._passes: ForwardPasses | None = None
         self._evidence: Evidence = "live" if how == "always" else "replay"
         if how in ("replay", "always"):
@@ -92,7 +120,8 @@ class ClueFinder:
         own_is_bad = None if step.own_is_bad is None else bool(step.own_is_bad)
         if model is None:
             return Clues(order=self.order, own_is_bad=own_is_bad)
-        bad, foreign = ((), ()) if is_over else _bad_weights(model, self._watched)
+        bad, foreign = ((), ()) if is_over else self._bad_weights(model)
+        self._usual.weights_are_known = self._usual.weights_are_known and not bad
         return Clues(
             bad_weights=None if is_over else bad,
             foreign=() if is_over else foreign,
@@ -102,6 +131,17 @@ class ClueFinder:
             own_is_bad=own_is_bad,
             batch="" if seen is None else _fingerprint(seen),
         )
+
+    def was_finite(self, step: SeenStep) -> None:
+        """What is bad in a finite step is no fault in another one."""
+        model = self._model()
+        if model is not None and not self._usual.weights_are_known:
+            weights = inner_model(model).parameters()
+            self._usual.weights = {id(p): spans_of(local(p.detach())) for p in weights}
+            self._usual.weights_are_known = True
+        if step.passes is not None and step.passes.passes:
+            newest = step.passes.passes[-1]
+            self._usual.inputs, self._usual.trace = newest.inputs, newest.trace
 
     def remove(self) -> None:
         self._order.remove()
@@ -120,10 +160,13 @@ class ClueFinder:
     def _forward(self, model: torch.nn.Module, seen: Seen, is_over: bool) -> Forward:
         inputs = flags_of([one.inputs for one in seen.passes])
         outputs = flags_of([one.outputs for one in seen.passes])
+        if self._usual.has_bad_inputs():
+            inputs = [Flag.UNKNOWN if flag is Flag.BAD else flag for flag in inputs]
         traces = [one.trace for one in seen.passes if one.trace is not None]
         calls: list[Sequence[Call]] = list(read(traces)) or [()] * len(seen.passes)
+        calls = self._usual.without_usual(calls)
         passes = [
-            Pass(known(flag, one.opaque[0]), known(out, one.opaque[1]), of_one)
+            Pass(known(flag, one.opaque[0]), known(out, one.opaque[1]), of_one, _handed(one))
             for one, flag, out, of_one in zip(seen.passes, inputs, outputs, calls, strict=True)
         ]
         unknown, again = seen.unknown, None
@@ -132,29 +175,55 @@ class ClueFinder:
             unknown = "the update was made before the host knew" if is_over else ""
             if not unknown and again is not None:
                 repeated, unknown = self._repeated(model, seen.passes[again])
-                passes[again] = Pass(passes[again].inputs, passes[again].outputs, repeated)
+                passes[again] = replace(passes[again], calls=repeated)
             again = None if unknown else again
         return Forward(
             evidence=self._evidence,
             passes=passes,
             unseen=seen.unseen,
+            ungraded=seen.ungraded,
             repeated=again,
             unknown=unknown,
         )
 
+    def _bad_weights(self, model: torch.nn.Module) -> tuple[list[BadWeight], list[str]]:
+        """Weights that hold NaN or inf and did not in a finite step, in the order of their names:
+        those that are watched or frozen, and modules with some that something else updates."""
+        modules: dict[torch.nn.Parameter, list[str]] = {}
+        for name, parameter in inner_model(model).named_parameters(remove_duplicate=False):
+            module = name.replace(COMPILED, "").rpartition(".")[0]
+            modules.setdefault(parameter, []).append(module)
+        now = flags_of([spans_of(local(parameter.detach())) for parameter in modules])
+        before = flags_of([self._usual.weights.get(id(parameter), []) for parameter in modules])
+        ours: dict[tuple[str, ...], bool] = {}
+        foreign: dict[str, None] = {}
+        for (parameter, held_by), flag, usual in zip(modules.items(), now, before, strict=True):
+            is_mask = flag in MASKED and not parameter.requires_grad
+            if flag is Flag.FINE or is_mask or flag is usual:
+                continue
+            if id(parameter) in self._watched or not parameter.requires_grad:
+                names = tuple(dict.fromkeys(held_by))
+                ours[names] = ours.get(names, False) or _is_used(parameter)
+            else:
+                foreign[held_by[0]] = None
+        return [BadWeight(*one) for one in ours.items()], list(foreign)
+
     def _repeated(self, model: torch.nn.Module, one: SeenPass) -> tuple[Sequence[Call], str]:
         """The calls of a pass that is run again, or why that was not possible."""
         assert one.batch is not None
-        assert self._passes is not None
         if not one.batch.is_unchanged():
             return (), "its batch was written to since, so that it was not run again"
-        self._passes.off = True
+        ForwardPasses.off = True
         try:
             return calls_of(model, one.batch), ""
         except Exception as error:
             return (), f"running it again failed ({type(error).__name__}: {error})"
         finally:
-            self._passes.off = False
+            ForwardPasses.off = False
+
+
+def _handed(one: SeenPass) -> list[Flag]:
+    return [Flag.FINE if flag is Flag.FINE else Flag.BAD for flag in flags_of(one.handed)]
 
 
 def _to_repeat(seen: Sequence[SeenPass], passes: Sequence[Pass]) -> int | None:
@@ -162,30 +231,6 @@ def _to_repeat(seen: Sequence[SeenPass], passes: Sequence[Pass]) -> int | None:
     kept = [i for i, one in enumerate(seen) if one.batch is not None]
     bad = [i for i in kept if Flag.BAD in (passes[i].inputs, passes[i].outputs)]
     return next(iter(bad), kept[-1] if kept else None)
-
-
-def _bad_weights(
-    model: torch.nn.Module, watched: frozenset[int]
-) -> tuple[list[BadWeight], list[str]]:
-    """Weights that hold NaN or inf, in the order of their names: those that are watched or frozen,
-    and modules with some that something else updates."""
-    modules: dict[torch.nn.Parameter, list[str]] = {}
-    for name, parameter in inner_model(model).named_parameters(remove_duplicate=False):
-        module = name.replace(COMPILED, "").rpartition(".")[0]
-        modules.setdefault(parameter, []).append(module)
-    flags = flags_of([spans_of(local(parameter.detach())) for parameter in modules])
-    ours: dict[tuple[str, ...], bool] = {}
-    foreign: dict[str, None] = {}
-    for (parameter, held_by), flag in zip(modules.items(), flags, strict=True):
-        is_mask = flag in MASKED and not parameter.requires_grad
-        if flag is Flag.FINE or is_mask:
-            continue
-        if id(parameter) in watched or not parameter.requires_grad:
-            names = tuple(dict.fromkeys(held_by))
-            ours[names] = ours.get(names, False) or _is_used(parameter)
-        else:
-            foreign[held_by[0]] = None
-    return [BadWeight(*one) for one in ours.items()], list(foreign)
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ class BackwardOrder:
 
     @property
     def is_sure(self) -> bool:
-        """Whether it was seen more than once, and was the same."""
+        """Whether it was seen again, of the same parameters, and was the same."""
         return self._times_seen > 1 and not self._varies
 
     def take(self) -> None:
@@ -72,7 +72,7 @@ class BackwardOrder:
 
     def _compare(self, seen: tuple[int, ...]) -> None:
         before, now = set(self._places), set(seen)
-        self._times_seen += 1
+        self._times_seen = self._times_seen + 1 if before == now else 1
         if [i for i in self._places if i in now] != [i for i in seen if i in before]:
             self._varies = True
         elif len(seen) > len(self._places):

@@ -1,4 +1,5 @@
-"""The gradient of this process alone, before it is averaged with those of the others.
+"""The gradient as a backward pass leaves it: before it is averaged with those of other processes,
+and before a loop does anything to it.
 
     hooks in backward, where a gradient has just been added up  ->  take(): is it bad, and its norm
 
@@ -89,8 +90,8 @@ class OwnGradient:
             self._looking.append(hook)
 
     def _looked(self, parameter: torch.Tensor) -> None:
-        # Of several micro-batches the last one holds the sum.
-        self._is_bad = ~torch.isfinite(_values(parameter)).all()
+        is_bad = ~torch.isfinite(_values(parameter)).all()
+        self._is_bad = is_bad if self._is_bad is None else self._is_bad | is_bad
 
     def _measured(self, place: int, parameter: torch.Tensor) -> None:
         (norm,) = tensor_norms([_values(parameter)])

@@ -14,7 +14,7 @@ import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -61,14 +61,14 @@ class Batch:
     kwargs: Mapping[str, Any]
     random: RandomState
     autocast: tuple[bool, torch.dtype]
-    versions: tuple[int, ...]
+    versions: tuple[tuple[int, int], ...]
 
     def is_unchanged(self) -> bool:
         """Whether no tensor in it was written to since."""
         return self.versions == _versions(self.args, self.kwargs)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class SeenPass:
     inputs: list[torch.Tensor]
     """Spans, on the device."""
@@ -87,6 +87,12 @@ class SeenPass:
     is_reached: bool | None = None
     """Whether a backward pass has come to its outputs; None where they do not show it."""
 
+    task: int = -1
+    """The backward pass that came first."""
+
+    handed: list[list[torch.Tensor]] = field(default_factory=list)
+    """Spans of the gradient of each output that it came to."""
+
 
 @dataclass(slots=True)
 class Seen:
@@ -95,6 +101,9 @@ class Seen:
     passes: list[SeenPass] = field(default_factory=list)
     unseen: int = 0
     begun: int = 0
+    ungraded: int = 0
+    """Passes without gradients, of which nothing is kept."""
+
     unknown: str = ""
     """Why there is none."""
 
@@ -103,6 +112,10 @@ class Seen:
         kept = [one for one in self.passes if which(one)]
         self.begun -= len(self.passes) - len(kept)
         self.passes = kept
+
+    def keep_all_but_first(self, of: Callable[[SeenPass], bool]) -> None:
+        first = next((one for one in self.passes if of(one)), None)
+        self.keep(lambda one: one is not first)
 
 
 class _Within(threading.local):
@@ -113,6 +126,9 @@ class _Within(threading.local):
 
 class ForwardPasses:
     """Hooks on the model, and on every module in it where all of them are looked at."""
+
+    off: ClassVar[bool] = False
+    """While a model is run again, by whichever watch."""
 
     def __init__(
         self,
@@ -135,15 +151,12 @@ class ForwardPasses:
         self._seen = Seen()
         self._failed = ""
         self._failures = 0
-        self.off = False
-        """While the model is run again."""
-
         self._handles: list[_Removable] = [
             model.register_forward_pre_hook(_Hook(self._entered), prepend=True, with_kwargs=True),
             model.register_forward_hook(_Hook(self._left)),
         ]
         for module in inner_model(model).modules() if everywhere else ():
-            if module is not model:
+            if module is not model and not isinstance(module, torch.jit.ScriptModule):
                 self._handles += [
                     module.register_forward_pre_hook(_Hook(self._inside), with_kwargs=True),
                     module.register_forward_hook(_Hook(self._behind)),
@@ -152,11 +165,14 @@ class ForwardPasses:
     def take(self) -> Seen:
         """The passes since the last call, which is forgotten here."""
         seen, self._seen = self._seen, Seen()
+        was_called = bool(seen.passes)
         seen.keep(lambda one: one.is_reached is not False)
         seen.unseen = max(0, seen.begun - len(seen.passes))
         if not seen.passes:
             seen.unknown = self._failed or (
-                "the model itself was not called before the step, or only compiled"
+                "no backward pass has come to what the model put out"
+                if was_called
+                else "the model itself was not called before the step, or only compiled"
             )
         if self._failures < MOST_FAILURES:
             self._failed = ""
@@ -180,9 +196,13 @@ class ForwardPasses:
 
     def _entered(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         self._within.one = None  # one within another, or one that raised
+        if self.off or torch._C._current_graph_task_id() != -1:  # of a checkpoint, run again
+            return
         if torch.is_grad_enabled():
-            self._seen.begun += not self.off
+            self._seen.begun += 1
             self._guarded(lambda: self._begin(module, args, kwargs))
+        else:
+            self._seen.ungraded += 1
 
     def _left(self, module: torch.nn.Module, args: Any, outputs: Any) -> None:
         one, self._within.one = self._within.one, None
@@ -234,26 +254,32 @@ class ForwardPasses:
             one.batch = None
         elif seen.passes:
             seen.passes[-1].batch = None
+        if len(seen.passes) >= MOST_PASSES:
+            seen.keep_all_but_first(lambda one: one.is_reached is False)
         if len(seen.passes) < MOST_PASSES:
             seen.passes.append(one)
             self._await_backward(one, outputs)
 
     def _await_backward(self, one: SeenPass, outputs: Any) -> None:
-        ways = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
+        # A hook of a leaf, such as a weight that is put out, would stay for ever.
+        ways = [t for t in tensors_in(outputs) if t.requires_grad and not t.is_leaf]
         one.is_reached = False if ways else None
         reached = functools.partial(self._reached, one)
         for tensor in ways:
             tensor.register_hook(reached)  # type: ignore[no-untyped-call]
 
-    def _reached(self, one: SeenPass, _: torch.Tensor) -> None:
+    def _reached(self, one: SeenPass, gradient: torch.Tensor) -> None:
+        task = torch._C._current_graph_task_id()
         if not one.is_reached:
-            self._guarded(self._forget_thrown_away)
-            one.is_reached = True
+            self._guarded(lambda: self._forget_thrown_away(task))
+            one.is_reached, one.task = True, task
+        self._guarded(lambda: one.handed.append(spans_of(gradient)))
 
-    def _forget_thrown_away(self) -> None:
-        """Passes whose gradients are not there any more."""
-        if any(one.is_reached for one in self._seen.passes) and not self._holds_gradients():
-            self._seen.keep(lambda one: not one.is_reached)
+    def _forget_thrown_away(self, task: int) -> None:
+        """Passes whose gradients are not there any more; those of this backward pass come yet."""
+        earlier = [one for one in self._seen.passes if one.is_reached and one.task != task]
+        if earlier and not self._holds_gradients():
+            self._seen.keep(lambda one: one not in earlier)
             self._seen.begun = len(self._seen.passes)
 
 
@@ -272,5 +298,6 @@ def device_of(model: torch.nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def _versions(*values: Any) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in tensors_in(values) if not tensor.is_inference())
+def _versions(*values: Any) -> tuple[tuple[int, int], ...]:
+    """Which tensors there are, and how often each was written to."""
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors_in(values))

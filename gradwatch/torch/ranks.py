@@ -18,7 +18,6 @@ from gradwatch.policy import Detect
 from gradwatch.records import Anomaly, Layout
 from gradwatch.rules.detect_ranks import DIVERGENCE, OUTLIER
 from gradwatch.torch.mailbox import Mailbox
-from gradwatch.torch.own_gradient import Own, OwnGradient
 from gradwatch.torch.rank_watch import RankWatch, checksums
 from gradwatch.torch.shares import Share
 
@@ -45,44 +44,33 @@ class Ranks:
         """
         self._tensors = list(tensors)
         self._mailbox = Mailbox(share)
-        # Where parameters are split their gradients are never those of one process.
-        self._own = None if share.is_split else OwnGradient(tensors)
-        self._last = Own()
-        self._every = detect.every if self._own is not None else 0
+        self._every = detect.every
         self.watch = RankWatch(share, layout, detect, self._mailbox, found)
         self.took_norm: Callable[[int, float], None] = lambda step, norm: None
         """Takes the own norm of a step."""
 
-    def take(self, order: Sequence[int]) -> Own:
-        """Of the step that is due."""
-        self._last = Own() if self._own is None else self._own.take(order)
-        return self._last
+    def samples(self, step: int) -> bool:
+        """Whether the own norm of a step is wanted."""
+        return step % self._every == 0
 
-    def sampled(self, step: int, scale: float, send: Send) -> None:
+    def sampled(self, step: int, own_norm: torch.Tensor | None, scale: float, send: Send) -> None:
         """A step was handled: its samples go to the thread behind.
 
         Args:
-            step: its number; that of the next one is one more.
+            own_norm: 0-d, of the gradient of this process alone, if it was measured.
             scale: what the loss was multiplied by.
             send: a vector to the host, and what to do with it there.
         """
-        if (norm := self._last.norm) is not None:
-            send(norm.double().reshape(1) / scale, functools.partial(self._norm_came, step))
+        if own_norm is not None:
+            send(own_norm.double().reshape(1) / scale, functools.partial(self._norm_came, step))
         if (every := self.watch.sums_every) and step % every == 0:
             send(checksums(self._tensors), functools.partial(self._sums_came, step))
-        if self._own is not None and self._every and (step + 1) % self._every == 0:
-            self._own.sample()
-        self._last = Own()
 
     def confer(self, step: int, word: bytes) -> Sequence[bytes | None]:
         if not self._mailbox.is_open:
             return ()
         self._mailbox.post("bad", step, word)
         return self._mailbox.answers("bad", step, CONFER_SECONDS)
-
-    def remove(self) -> None:
-        if self._own is not None:
-            self._own.remove()
 
     def _norm_came(self, step: int, norm: Any) -> None:
         value = float(norm[0])

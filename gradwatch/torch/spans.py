@@ -64,9 +64,10 @@ def spans_of(value: Any) -> list[torch.Tensor]:
 def _span(tensor: torch.Tensor) -> torch.Tensor | None:
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_nested:
         return None
-    if tensor.layout != torch.strided:
-        tensor = tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor
-        tensor = tensor.values()
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce().values()
+    elif tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
     if tensor.numel() == 0 or tensor.device.type == "meta":
         return None
     if tensor.is_complex():

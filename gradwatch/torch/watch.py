@@ -26,6 +26,7 @@ from gradwatch.torch.gradients import drop
 from gradwatch.torch.hooks import BackwardCounter, StepHooks, innermost, refuse_watched
 from gradwatch.torch.layers import watched_parameters
 from gradwatch.torch.noise import FirstMicroBatch
+from gradwatch.torch.own_gradient import OwnGradient
 from gradwatch.torch.plan import plan_for
 from gradwatch.torch.ranks import ranks_of
 from gradwatch.torch.reduction import Reduction
@@ -105,6 +106,10 @@ class TorchWatch(Watch):
         self._is_one_of_several = share is not None
         if share is not None:
             self._backend.ranks = ranks_of(share, tensors, layout, policy.detect, self.pipeline)
+        # Where parameters are split their gradients are never those of one process.
+        is_split = share is not None and share.is_split
+        if not is_split and (share is not None or how in ("replay", "always")):
+            self._backend.own = OwnGradient(tensors)
         self.follows_its_policy = share is None  # ranks would take it over at different steps
         if self.plan.reason:
             say(logging.WARNING, "gradwatch %s", self.plan)
@@ -185,7 +190,7 @@ class TorchWatch(Watch):
         self._backend.disarm()
         before = self._backend
         self._backend = TorchBackend(tensors, self._optimizer, self.plan, finder=before.finder)
-        self._backend.ranks = before.ranks
+        self._backend.ranks, self._backend.own = before.ranks, before.own
         self._counter.extend(tensors)
         self._engine.extend(self._backend, layout)
         loops = (self._first, self._marked_loop, self._unchanged)
@@ -382,8 +387,8 @@ class TorchWatch(Watch):
         self._counter.remove()
         if self._backend.finder is not None:
             self._backend.finder.remove()
-        if self._backend.ranks is not None:
-            self._backend.ranks.remove()
+        if self._backend.own is not None:
+            self._backend.own.remove()
         self._backend.disarm()
         self._abandon()
         if self._hooks is not None:

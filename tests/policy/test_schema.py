@@ -86,7 +86,7 @@ WRONG = [
     "{version: 1, clip: [{limit: 1, ndim: small}]}",
     "{version: 1, clip: [{use: zclip, limit: {zz: 3}}]}",
     "{version: 1, detect: {spike: off}}",
-    "{version: 1, detect: {rank_outlier: {z: 1}}}",
+    "{version: 1, detect: {rank_outlier: {z: 0}}}",
     "{version: 1, detect: {vanishing: {share: 2}}}",
 ]
 

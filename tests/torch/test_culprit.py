@@ -93,14 +93,20 @@ class Injection:
             return False
         if self.kind in ("loss", "input"):
             return culprit.module is None
-        if self.kind == "backward" and len(culprit.near) == 2:
-            # A module without weights is between the two whose gradients are known.
-            before, behind = map(self._ended, culprit.near)
-            return before <= self._ended(self.module) <= behind
+        if self.kind == "backward":
+            # It is this module, or one without weights between this and the next that has some.
+            return self._ended(culprit.near[0]) <= self._ended(self.module) < self._next(culprit)
         tied = "embed" if isinstance(self.model, ODD["tied"]) and self.module == "head" else ""
         return culprit.module in (self.module, tied) or (
             culprit.evidence == "live" and self.module in culprit.near
         )
+
+    def _next(self, culprit) -> float:
+        """When the next module with weights of its own has ended, whose gradient was finite."""
+        first = self._ended(culprit.near[0])
+        own = [n for n, m in self.model.named_modules() if n and list(m.parameters(recurse=False))]
+        later = [e for e in map(self._ended, own) if e > first]
+        return min(later, default=math.inf) if "the loss" not in culprit.near else math.inf
 
     def _ended(self, name: str) -> int:
         """When a module has ended in the forward pass; one that its owner computes, with that."""
@@ -468,8 +474,10 @@ def test_a_pass_without_gradients_is_no_pass_of_the_step(attach):
     with torch.no_grad():
         loop.model(torch.full((5, 6), math.nan))
     loop.model.norm.reset_running_stats()
-    loop.step(loss=lambda out: out.mean() * math.nan)
-    assert loop.culprit().origin == "loss"
+    # Right behind it, it may be a teacher that the loss compares with.
+    for origin in (None, "loss"):
+        loop.step(loss=lambda out: out.mean() * math.nan)
+        assert loop.culprit().origin == origin
 
 
 def test_a_model_that_is_never_called_itself_says_so(attach):

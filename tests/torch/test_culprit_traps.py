@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from tests.torch.odd_models import Tied
@@ -290,3 +291,210 @@ def test_outputs_that_are_not_looked_into_exclude_nothing(how, attach):
     run.step(loss=lambda out: out.value.mean() * math.nan)
     assert run.named == (None, None)
     assert "could not be looked into" in run.culprit.message
+
+
+@LOOKING
+def test_of_several_passes_before_one_backward_pass_the_bad_one_is_found(how, attach):
+    """As in contrastive training, where a batch goes through the model twice."""
+    run = Run(attach, how)
+    run.step(times=2)
+    run.optimizer.zero_grad()
+    outs = [run.model(run.batch()), run.model(torch.full((5, 6), math.nan)), run.model(run.batch())]
+    loss = sum(out.square().mean() for out in outs)
+    loss.backward()
+    run.watch.log(loss=loss)
+    run.optimizer.step()
+    assert run.named == ("input", None)
+    assert "forward pass 2 of 3" in run.culprit.message
+
+
+class Scaled(Small):
+    """Puts a weight of its own out, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x), self.scale
+
+
+def test_a_weight_that_is_put_out_gathers_no_hooks(attach):
+    run = Run(attach, "replay", Scaled())
+    run.step(loss=lambda out: (out[0] * out[1]).mean(), times=20)
+    assert not run.model.scale._backward_hooks
+
+
+class Momentum(Small):
+    """Moves a copy of its weights in each forward pass."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.how = how
+        self.slow = nn.Parameter(torch.zeros(8, 6), requires_grad=False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            moved = 0.9 * self.slow + 0.1 * self.first.weight
+            if self.how == "in place":
+                self.slow.copy_(moved)
+            else:
+                self.slow.data = moved
+        return super().forward(x) + (x @ self.slow.T).mean()
+
+
+@pytest.mark.parametrize("how", ["in place", "data"])
+def test_a_pass_that_moves_weights_moves_them_once(how, attach):
+    models = []
+    for culprit in ("replay", "none"):
+        torch.manual_seed(2)
+        run = Run(attach, culprit, Momentum(how))
+        torch.manual_seed(3)
+        run.step(times=2)
+        run.step(loss=lambda out: out.mean() * math.nan)
+        run.step()
+        models.append(run.model)
+    pairs = zip(*(model.parameters() for model in models), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+class Missing(Small):
+    def forward(self, x):
+        return super().forward(torch.where(torch.isnan(x), 0.0, x))
+
+
+@LOOKING
+def test_missing_values_that_are_always_there_are_not_blamed(how, attach):
+    run = Run(attach, how, Missing())
+    batch = run.batch()
+    batch[0, 0] = math.nan
+    run.step(batch, times=3)
+    run.step(batch, loss=lambda out: out.mean() * math.nan)
+    assert run.named in (("loss", None), (None, None))
+    with torch.no_grad():
+        run.model.middle.weight[0, 0] = math.nan
+    run.step(batch)
+    assert run.named == ("weight", "middle")
+
+
+@EACH
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_weight_that_was_bad_in_a_finite_step_is_not_blamed(how, value, attach):
+    model = Small()
+    model.spare = nn.Linear(2, 2).requires_grad_(False)
+    with torch.no_grad():
+        model.spare.weight[0, 0] = value
+    run = Run(attach, how, model)
+    run.step(times=2)
+    with torch.no_grad():
+        model.middle.bias[0] = math.nan
+    run.step()
+    assert run.named == ("weight", "middle")
+
+
+class Auxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.main, self.aux = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.stem(x).tanh()
+        return self.main(hidden), self.aux(hidden)
+
+
+@LOOKING
+def test_a_loss_that_was_not_logged_is_not_told_as_a_backward_pass(how, attach):
+    run = Run(attach, how, Auxiliary())
+    run.step(loss=lambda out: out[0].mean() + out[1].mean(), times=3)
+    run.optimizer.zero_grad()
+    main, aux = run.model(run.batch())
+    (main.mean() + aux.mean() * math.nan).backward()
+    run.watch.log(loss=main.mean())
+    run.optimizer.step()
+    assert run.named == (None, None)
+
+
+@LOOKING
+@pytest.mark.parametrize("logs_each", [True, False])
+def test_an_early_micro_batch_whose_loss_is_bad_is_not_hidden_by_a_later_one(
+    how, logs_each, attach
+):
+    run = Run(attach, how)
+    run.step(times=3)
+    run.optimizer.zero_grad()
+    for factor in (math.nan, 1.0):
+        loss = run.model(run.batch()).mean() * factor
+        loss.backward()
+        if logs_each or factor == 1.0:
+            run.watch.log(loss=loss)
+    run.optimizer.step()
+    assert run.named == (("loss", None) if logs_each else (None, None))
+
+
+@LOOKING
+def test_what_a_loop_does_to_gradients_is_not_told_as_a_backward_pass(how, attach):
+    run = Run(attach, how)
+    run.step(times=3)
+    run.optimizer.zero_grad()
+    loss = run.model(run.batch()).mean()
+    loss.backward()
+    for parameter in run.model.parameters():
+        parameter.grad.div_(0.0).mul_(0.0)
+    run.watch.log(loss=loss)
+    run.optimizer.step()
+    assert run.named == (None, None)
+    assert "the backward pass left gradients that are finite" in run.culprit.message
+
+
+@LOOKING
+def test_a_teacher_of_the_same_model_forbids_to_blame_the_loss(how, attach):
+    run = Run(attach, how)
+    run.step(times=3)
+    with torch.no_grad():
+        target = run.model(torch.full((5, 6), math.nan))
+    run.step(loss=lambda out: (out - target).square().mean())
+    assert run.named == (None, None)
+
+
+class Talking(Small):
+    def forward(self, x):
+        torch.distributed.all_reduce(x.mean())
+        return super().forward(x)
+
+
+def test_a_pass_that_talks_to_other_processes_is_not_run_again(attach):
+    """The others would not be there to answer."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        run = Run(attach, "replay", Talking())
+        run.step(times=2)
+        run.model.middle.register_forward_hook(lambda m, a, out: out * math.nan)
+        run.step()
+    finally:
+        dist.destroy_process_group()
+    assert run.named == (None, None)
+    assert "takes part in a collective" in run.culprit.message
+
+
+@LOOKING
+def test_evaluation_with_gradients_on_does_not_crowd_the_step_out(how, attach):
+    run = Run(attach, how)
+    run.step(times=2)
+    for _ in range(300):
+        run.model(run.batch())
+    run.step(loss=lambda out: out.mean() * math.nan)
+    assert run.named == ("loss", None)
+
+
+@LOOKING
+def test_a_checkpointed_pass_counts_once(how, attach):
+    run = Run(attach, how)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    for factor in (1.0, 1.0, math.nan):
+        run.optimizer.zero_grad()
+        loss = checkpoint(run.model, run.batch(), use_reentrant=False).mean() * factor
+        loss.backward()
+        run.watch.log(loss=loss)
+        run.optimizer.step()
+    assert run.named == ("loss", None)
