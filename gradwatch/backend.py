@@ -89,8 +89,9 @@ class Agreed:
 
     gradients: Any
     norms: dict[float | str, Vector]
-    stopping: bool = False
-    """Whether a finding of any of them is to stop the run."""
+    stopping: Any = None
+    """Whether a finding of any of them is to stop the run; a vector (0-d) where the host does not
+    read, None of one process alone."""
 
 
 SILENT = Word()

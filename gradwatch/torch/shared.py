@@ -86,7 +86,8 @@ class SharedBackend(TorchBackend):
             agreed[LOSS] = whole.loss_W.mean()
         if not self.reads_host:
             agreed = {key: values.to(self._device) for key, values in agreed.items()}
-            return Agreed(replace(gradients, factor=factor.to(self._device)), agreed)
+            stopping = whole.stopping_W.amax().to(self._device)
+            return Agreed(replace(gradients, factor=factor.to(self._device)), agreed, stopping)
         agreed = {key: values.cpu().numpy() for key, values in agreed.items()}
         gradients = replace(gradients, factor=float(factor))
         return Agreed(gradients, agreed, bool(whole.stopping_W.any()))
