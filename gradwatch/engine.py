@@ -156,10 +156,7 @@ class Engine:
             dropped = overflowed(due.limits)
             self._end(due, dropped, self._judged(due, dropped))
         step = self._due(context)
-        step.loss = self._recorder.pending(step.number, "loss")
-        times_logged = self._recorder.times_logged(step.number, "loss")
-        step.is_loss_whole = times_logged >= context.micro_batches
-        self._recorder.loss_before = step.loss is not None
+        self._take_loss(step)
         doing, reading, verdict = "measure", None, Verdict()
         try:
             step.seen = self._backend.seen()
@@ -327,6 +324,7 @@ class Engine:
 
     def _finish(self, step: DueStep, reading: Reading) -> None:
         """Judges and ends a step of which the host learns when it is over."""
+        self._take_loss(step)
         verdict = self._judged(step, reading)
         if reading.stopping and self._backend.agrees:  # known to all behind the same step
             self._stopping = self._stopping or stopped_before(self.num_steps, OTHERS, "rank")
@@ -335,6 +333,11 @@ class Engine:
         is_over = not (self.enforcing and verdict.skip) or self.num_steps > step.number + 1
         self._investigation.look(self._backend, step, reading, verdict, is_over=is_over)
         self._end(step, reading, verdict)
+
+    def _take_loss(self, step: DueStep) -> None:
+        """What was logged before a step; from a device it comes when the step does."""
+        step.loss, times = self._recorder.loss_of(step.number)
+        step.is_loss_whole = times >= step.context.micro_batches
 
     def _judged(self, step: DueStep, reading: Reading) -> Verdict:
         verdict, self._skips = judge(

@@ -70,28 +70,34 @@ class Recorder:
             backward_seen: whether a backward pass ran since the last of them.
         """
         for name, value in scalars.items():
-            if num_steps == 0 and not backward_seen:
-                self._logged_before_step.add(name)
-            is_due = backward_seen or name in self._logged_before_step
-            step = num_steps if is_due else num_steps - 1
-            if step > self._newest:
-                pending = self._pending.setdefault(step, {})
-                # Of several in one step the first that is not finite is not to be lost.
-                if math.isfinite(pending.get(name, 0.0)):
-                    pending[name] = value
-                self._times_logged[step, name] = self._times_logged.get((step, name), 0) + 1
-            elif self._is_ours() and not self.ring.log(name, value) and not self._told_late:
-                self._told_late = True
-                say(logging.WARNING, "watch.log: %s came when the record of its step was closed "
-                    "by flush(); log before it", name)  # fmt: skip
+            step = self.step_of(name, num_steps=num_steps, backward_seen=backward_seen)
+            self.put(name, step, value)
 
-    def pending(self, step: int, name: str) -> float | None:
-        """What was logged under a name for a step that is due."""
-        return self._pending.get(step, {}).get(name)
+    def step_of(self, name: str, *, num_steps: int, backward_seen: bool) -> int:
+        """The step that a scalar belongs to which is logged now; arguments as in `log`."""
+        if num_steps == 0 and not backward_seen:
+            self._logged_before_step.add(name)
+        is_due = backward_seen or name in self._logged_before_step
+        return num_steps if is_due else num_steps - 1
 
-    def times_logged(self, step: int, name: str) -> int:
-        """How often it was, for a step that is due."""
-        return self._times_logged.get((step, name), 0)
+    def put(self, name: str, step: int, value: float) -> None:
+        """A scalar of a step that is due, or of the newest."""
+        if step > self._newest:
+            pending = self._pending.setdefault(step, {})
+            # Of several in one step the first that is not finite is not to be lost.
+            if math.isfinite(pending.get(name, 0.0)):
+                pending[name] = value
+            self._times_logged[step, name] = self._times_logged.get((step, name), 0) + 1
+        elif self._is_ours() and not self.ring.log(name, value) and not self._told_late:
+            self._told_late = True
+            say(logging.WARNING, "watch.log: %s came when the record of its step was closed "
+                "by flush(); log before it", name)  # fmt: skip
+
+    def loss_of(self, step: int) -> tuple[float | None, int]:
+        """The loss that was logged for a step that is due, and how often one was."""
+        loss = self._pending.get(step, {}).get("loss")
+        self.loss_before = loss is not None
+        return loss, self._times_logged.get((step, "loss"), 0)
 
     def defer(self, step: int, by: int) -> None:
         """What was logged for a step is that of a later one: some before it were never seen."""

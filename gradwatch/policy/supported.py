@@ -33,7 +33,7 @@ class Refusal:
         return f": {what} not supported by this version yet. {self.instead}"
 
 
-REFUSED = (Refusal("accumulate.sync", "Leave it out", what="the choice of when to reduce is"),)
+REFUSED: tuple[Refusal, ...] = ()
 
 
 def refused(data: Any) -> Iterator[tuple[Path, Refusal]]:

@@ -321,6 +321,13 @@ class TorchBackend:
         assert self._readback is not None
         self._readback.send(packed, what)
 
+    def sends(self, value: Any, come: Callable[[Any], None]) -> bool:
+        """Whether a number is on an accelerator that is not read; it comes to the host later."""
+        if self.reads_host or not isinstance(value, torch.Tensor) or value.device == CPU:
+            return False
+        self.send(value.detach().reshape(1).float(), come)
+        return True
+
     def arrived(self, *, wait: bool) -> Iterable[tuple[Any, Any]]:
         return () if self._readback is None else self._readback.arrived(wait=wait)
 

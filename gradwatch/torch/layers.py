@@ -80,7 +80,7 @@ def _refuse_unwatchable(model: torch.nn.Module, names: dict[torch.nn.Parameter, 
         if type(parameter).__name__ == "FlatParameter":
             raise AttachError(
                 f"{name} is a flat parameter of FullyShardedDataParallel, which holds many layers "
-                "in one. Wrap with use_orig_params=True, or use fully_shard."
+                "in one. Use fully_shard."
             )
         if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
             raise AttachError(f"{name} has no shape yet. Run one batch through the model first.")

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from gradwatch.torch.measure import tensor_norms
+
 __all__ = ["Own", "OwnGradient"]
 
 LARGEST_LOOKED_AT = 2**16
@@ -92,8 +94,8 @@ class OwnGradient:
         self._is_bad = is_bad if self._is_bad is None else self._is_bad | is_bad
 
     def _measured(self, place: int, parameter: torch.Tensor) -> None:
-        norm = torch.linalg.vector_norm(_values(parameter), dtype=torch.float32)
-        self._norms[place] = norm.to(self._parameters[0].device)
+        (norm,) = tensor_norms([_values(parameter)])
+        self._norms[place] = norm.to(self._parameters[0].device, torch.float64)
 
 
 def _values(parameter: torch.Tensor) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gradwatch.pipeline import Pipeline
 from gradwatch.policy import Detect
 from gradwatch.records import Anomaly, Layout
 from gradwatch.rules.detect_ranks import DIVERGENCE, OUTLIER
@@ -20,7 +21,7 @@ from gradwatch.torch.mailbox import Mailbox
 from gradwatch.torch.rank_watch import RankWatch, checksums
 from gradwatch.torch.shares import Share
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "ranks_of"]
 
 CONFER_SECONDS = 2.0
 """For which a bad step waits for the words of other processes, at most."""
@@ -80,3 +81,19 @@ class Ranks:
 
     def _sums_came(self, step: int, sums: Any) -> None:
         self.watch.sampled(DIVERGENCE, step, sums)
+
+
+def ranks_of(
+    share: Share,
+    tensors: Sequence[torch.nn.Parameter],
+    layout: Layout,
+    detect: Detect,
+    pipeline: Pipeline,
+) -> Ranks:
+    """One process among several, its findings on the way that all findings take."""
+    consumer, local_norms = pipeline.consumer, pipeline.recorder.local_norms
+    ranks = Ranks(share, tensors, layout, detect, consumer.found)
+    ranks.took_norm = lambda step, norm: local_norms.append((step, norm))
+    consumer.active_elsewhere = ranks.watch.active
+    consumer.chores.append(ranks.watch)
+    return ranks

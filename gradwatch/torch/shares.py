@@ -38,6 +38,9 @@ __all__ = [
 ATTACH_SECONDS = 60.0
 """For which a process waits for the others to attach too."""
 
+WHOLE = "whole"
+"""Of a piece: that it is all of a plain tensor."""
+
 _attached = itertools.count()
 
 
@@ -62,6 +65,10 @@ class Share:
 
     pieces: Pieces
     """Of all processes."""
+
+    apart: str = ""
+    """A parameter of which not every process has a part, or which is another one on each, where
+    there is such a one: what goes wrong with it is not seen by all of them."""
 
     agrees: bool = False
     """Whether the processes have to exchange anything in a step."""
@@ -90,6 +97,7 @@ def shared_by(
     described: Sequence[Parameter],
     group: Any = None,
     shard_keys: Mapping[str, Hashable] | None = None,
+    policy: str = "",
 ) -> Share:
     """Elects who counts what; every process of the group has to call it.
 
@@ -97,10 +105,11 @@ def shared_by(
         group: the processes that train together; None for all.
         shard_keys: by glob on names, which piece this process has of parameters that have the same
             name and shape on several processes but are different ones, such as experts.
+        policy: a hash of what each process does with what is measured.
 
     Raises:
-        AttachError: a process did not attach within a minute, or parameters are sums that were
-            never finished.
+        AttachError: a process did not attach within a minute, or with another policy, or
+            parameters are sums that were never finished.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     _wait_for_everyone(group, rank, size)
@@ -108,16 +117,26 @@ def shared_by(
         (parameter, _piece(tensor, parameter, shard_keys or {}))
         for tensor, parameter in zip(tensors, described, strict=True)
     ]
-    everyone: list[Any] = [None] * size
-    dist.all_gather_object(everyone, mine, group=group)
+    told: list[Any] = [None] * size
+    dist.all_gather_object(told, (policy, mine), group=group)
+    for other, (theirs, _) in enumerate(told):
+        if theirs != told[0][0]:
+            raise AttachError(
+                f"rank {other} has another policy than rank 0, and they would decide differently. "
+                "Pass the same policy on every rank"
+            )
+    everyone = [held for _, held in told]
     parameters: dict[str, Parameter] = {}
-    owners: dict[tuple[str, Hashable], int] = {}
-    holders: dict[tuple[str, Hashable], int] = {}
+    owners: dict[tuple[str, tuple[Hashable, ...]], int] = {}
+    holders: dict[tuple[str, tuple[Hashable, ...]], int] = {}
     for holder, held in enumerate(everyone):
         for parameter, piece in held:
             parameters.setdefault(parameter.name, parameter)
             owners.setdefault((parameter.name, piece), holder)
             holders[parameter.name, piece] = holders.get((parameter.name, piece), 0) + 1
+    plain = {name for (name, piece), count in holders.items() if WHOLE in piece and count < size}
+    on_ranks = [{parameter.name for parameter, _ in held} for held in everyone]
+    apart = (name for name in parameters if name in plain or any(name not in n for n in on_ranks))
     place = {name: i for i, name in enumerate(parameters)}
     number = {piece: i for i, piece in enumerate(holders)}
     pieces = Pieces(
@@ -132,13 +151,14 @@ def shared_by(
         places=tuple(place[parameter.name] for parameter, _ in mine),
         owned=tuple(owners[parameter.name, piece] == rank for parameter, piece in mine),
         is_split=any(count < size for count in holders.values()),
+        apart=next(apart, ""),
         pieces=pieces,
     )
 
 
 def _piece(
     tensor: torch.Tensor, parameter: Parameter, shard_keys: Mapping[str, Hashable]
-) -> Hashable:
+) -> tuple[Hashable, ...]:
     """Which part of the parameter a process holds; the same for the same part.
 
     Raises:
@@ -146,7 +166,7 @@ def _piece(
     """
     keys = [key for glob, key in shard_keys.items() if fnmatch.fnmatchcase(parameter.name, glob)]
     if not is_sharded(tensor):
-        return ("whole", *keys)
+        return (WHOLE, *keys)
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     if any(placement.is_partial() for placement in placements):
         raise AttachError(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import socket
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any, SupportsFloat
 
@@ -16,8 +15,7 @@ from gradwatch.accumulation import Closed, MicroBatch
 from gradwatch.backend import StepContext
 from gradwatch.errors import PolicyError, TrainingStopped
 from gradwatch.policy import Policy, check_against
-from gradwatch.records import Layout, RunInfo
-from gradwatch.rules.chain import measures_of
+from gradwatch.records import Layout
 from gradwatch.rules.detect_sampled import samples_every
 from gradwatch.saying import say
 from gradwatch.torch.accumulate import MarkedLoop, UnchangedLoop
@@ -30,17 +28,19 @@ from gradwatch.torch.layers import watched_parameters
 from gradwatch.torch.noise import FirstMicroBatch
 from gradwatch.torch.own_gradient import OwnGradient
 from gradwatch.torch.plan import plan_for
-from gradwatch.torch.ranks import Ranks
+from gradwatch.torch.ranks import ranks_of
+from gradwatch.torch.reduction import Reduction
 from gradwatch.torch.refusals import (
     accumulates_for_the_loop,
+    is_captured,
     refuse_to_enforce,
     refuse_unknown_updates,
 )
+from gradwatch.torch.run_info import run_info
 from gradwatch.torch.scaling import follower
 from gradwatch.torch.shared import SharedBackend
-from gradwatch.torch.shares import Share
 from gradwatch.torch.state import as_arrays, as_tensors
-from gradwatch.torch.together import culprits_for, together
+from gradwatch.torch.together import culprits_for, refuse_scaler, together
 from gradwatch.watch import Watch
 
 __all__ = ["TorchWatch"]
@@ -79,30 +79,18 @@ class TorchWatch(Watch):
         layout = Layout.of(known, policy.grouping)
         check_against(policy, layout)
         refuse_unknown_updates(policy, self._optimizer)
-        info = RunInfo(
-            run=run,
-            layout=layout,
-            rules=tuple(rule.name for rule in policy.clip),
-            multiplying=tuple(r.name for r in policy.clip if r.then in ("scale", "zero")),
-            measures=measures_of(policy),
-            mode=policy.effective_mode,
-            policy=policy.canonical_yaml(),
-            policy_sha256=policy.sha256,
-            rank=0 if share is None else share.rank,
-            framework=f"torch {torch.__version__}",
-            device=str(tensors[0].device),
-            host=socket.gethostname(),
-            model=type(model).__name__,
-            version=version,
-            started=started,
-            pid=pid,
-        )
+        info = run_info(
+            model, policy, layout, rank=0 if share is None else share.rank,
+            device=str(tensors[0].device), run=run, version=version, started=started, pid=pid,
+        )  # fmt: skip
         for_the_loop = accumulates_for_the_loop(policy)
         self._policy = policy
+        self._compares_loss = any(rule.measure == "loss" for rule in policy.clip)
         self._described = parameters
         self._model = weakref.ref(model)
         self._num_known = 0 if self._optimizer is None else _count(self._optimizer)
         self._scaler = follower(scaler, optimizer)
+        refuse_scaler(share, self._scaler)
         self.plan = plan_for(policy, layout, self._optimizer, tensors)
         if share is not None and share.agrees:
             self._backend: TorchBackend = SharedBackend(tensors, self._optimizer, self.plan, share)
@@ -117,7 +105,7 @@ class TorchWatch(Watch):
         self.pipeline.consumer.order = lambda: () if (of := order()) is None else of()
         self._is_one_of_several = share is not None
         if share is not None:
-            self._backend.ranks = self._ranks(share, tensors, policy)
+            self._backend.ranks = ranks_of(share, tensors, layout, policy.detect, self.pipeline)
         # Where parameters are split their gradients are never those of one process.
         is_split = share is not None and share.is_split
         if not is_split and (share is not None or how in ("replay", "always")):
@@ -127,7 +115,11 @@ class TorchWatch(Watch):
             say(logging.WARNING, "gradwatch %s", self.plan)
         update = int if self._scaler is None else self._scaler.update
         self._first = FirstMicroBatch(self._backend.parameters)
-        self._marked_loop = MarkedLoop(self._backend.parameters, self.window, self._first)
+        ask = self._backend.numbers if isinstance(self._backend, SharedBackend) else None
+        reduction = Reduction(model, self._accumulate, ask)
+        self._marked_loop = MarkedLoop(
+            self._backend.parameters, self.window, self._first, reduction
+        )
         divides = self._accumulate is not None and self._accumulate.drive == "loop"
         self._counter = BackwardCounter(tensors, update, self._first_of_loop if divides else None)
         self._passes, self._overflows, self._loss_scale = 1, 0, math.nan
@@ -139,7 +131,7 @@ class TorchWatch(Watch):
 
         self._unchanged: UnchangedLoop | None = None
         if for_the_loop and self._optimizer is not None:
-            self._unchanged = UnchangedLoop(tensors, self.window, self._first)
+            self._unchanged = UnchangedLoop(tensors, self.window, self._first, reduction)
 
     @torch.no_grad()
     def process(self) -> None:
@@ -152,15 +144,6 @@ class TorchWatch(Watch):
         if self._is_due():
             super().process()
             self._sample_ranks()
-
-    def _ranks(self, share: Share, tensors: Sequence[torch.nn.Parameter], policy: Policy) -> Ranks:
-        pipeline = self.pipeline
-        consumer = pipeline.consumer
-        ranks = Ranks(share, tensors, self.info.layout, policy.detect, consumer.found)
-        ranks.took_norm = lambda step, norm: pipeline.recorder.local_norms.append((step, norm))
-        consumer.active_elsewhere = ranks.watch.active
-        consumer.chores.append(ranks.watch)
-        return ranks
 
     def _sample_ranks(self) -> None:
         scale = self._loss_scale if math.isfinite(self._loss_scale) else 1.0
@@ -179,7 +162,8 @@ class TorchWatch(Watch):
 
     def _at_step(self) -> None:
         is_ahead, self._is_ahead = self._is_ahead, False
-        if not is_ahead:
+        device = self._backend.parameters[0].device
+        if not is_ahead and not is_captured(device, enforcing=self._engine.enforcing):
             self.process()
 
     def state_dict(self) -> dict[str, Any]:
@@ -289,6 +273,15 @@ class TorchWatch(Watch):
         super()._change(policy)
         self._policy = policy
 
+    def _begin_epoch(self, loader: object, partial: str) -> None:
+        self._marked_loop.begin(loader, partial)
+
+    def _micro_began(self, micro: MicroBatch[Any]) -> None:
+        try:
+            self._marked_loop.began(micro)
+        except Exception as error:
+            self._broke("hold back the reduction of gradients", error, "each micro-batch reduces")
+
     def _micro_ended(self, micro: MicroBatch[Any]) -> None:
         try:
             self._marked_loop.ended(micro)
@@ -374,6 +367,15 @@ class TorchWatch(Watch):
         self._engine.stepped()
         self._backend.seen()
         self._counter.take()  # a line search goes on evaluating within the step
+
+    def _sends(self, name: str, value: SupportsFloat) -> bool:
+        if self._compares_loss:
+            return False
+        recorder = self.pipeline.recorder
+        step = recorder.step_of(
+            name, num_steps=self._engine.num_steps, backward_seen=self._backward_seen()
+        )
+        return self._backend.sends(value, lambda host: recorder.put(name, step, float(host[0])))
 
     def _number(self, value: SupportsFloat) -> float:
         return float(value.detach() if isinstance(value, torch.Tensor) else value)

@@ -14,13 +14,6 @@ def complaints(text: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-def test_what_accumulation_does_not_do_yet_is_refused_by_name():
-    assert complaints("version: 1\naccumulate: {steps: 2, sync: every}") == [
-        "policy.yaml:2:24: accumulate.sync: the choice of when to reduce is not supported by this "
-        "version yet. Leave it out",
-    ]
-
-
 def test_what_is_refused_does_not_hide_other_mistakes():
     assert complaints(
         "version: 1\nclip: [{limit: {z: -1}, per: x}, {use: agcc}, {use: agc, nme: a}]"
@@ -50,7 +43,8 @@ def test_lifting_a_refusal_is_all_it_takes(monkeypatch):
     monkeypatch.setattr(supported, "REFUSED", ())
     monkeypatch.setattr(decoding, "REFUSED", ())
     text = (
-        "version: 1\naccumulate: {steps: {0: 1, 1000: 4}, drive: loop}\nguard: {nonfinite: zero}\n"
+        "version: 1\naccumulate: {steps: {0: 1, 1000: 4}, drive: loop, sync: every}\n"
+        "guard: {nonfinite: zero}\n"
         "clip:\n  - {measure: weight, per: unit, limit: 1e-2, floor: 1e-3, then: zero}\n"
         "  - {limit: {quantile: 0.9, window: 128}}\n"
     )
