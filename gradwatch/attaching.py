@@ -120,8 +120,15 @@ def _framework_watch(model: Any) -> Any:
         from gradwatch.torch.watch import TorchWatch
 
         return TorchWatch
+    if "tensorflow" in sys.modules:
+        from gradwatch.tensorflow.frameworks import is_model, is_optimizer
+
+        if is_model(model) or is_optimizer(model):
+            from gradwatch.tensorflow.watch import TFWatch
+
+            return TFWatch
     raise AttachError(
-        f"expected a torch.nn.Module as the model. Received: {type(model).__module__}."
+        f"expected a torch.nn.Module or a model of Keras. Received: {type(model).__module__}."
         f"{type(model).__qualname__}. Pass the module whose parameters the optimizer updates."
     )
 

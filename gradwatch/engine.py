@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from gradwatch.backend import (
     Word,
     act,
     measure_and_decide,
+    skips,
 )
 from gradwatch.due_step import DueStep, row_of
 from gradwatch.errors import TrainingStopped, stopped_before
@@ -92,6 +94,7 @@ class Engine:
         self._noise = NoiseScale()
         self._planned = 0
         self._last_started = math.nan
+        self.reading = threading.RLock()  # a thread may end the steps that a graph decides
 
     def extend(self, backend: Backend, layout: Layout) -> None:
         """Goes on with more parameters, behind the ones of before; records keep their shape."""
@@ -100,6 +103,11 @@ class Engine:
         histories = self._chain.state_dict()
         self._chain = self._new_chain(layout)
         self._chain.load_state_dict(histories)
+
+    def check(self) -> None:
+        """Raises `TrainingStopped` where a step that was read since, or a detector, ends the run."""
+        if self._stopping is not None:
+            raise self._stopping
 
     def stop_soon(self, anomaly: Anomaly) -> None:
         """Stops the run before its next update, as `detect` says; called on another thread."""
@@ -159,8 +167,8 @@ class Engine:
             TrainingStopped: the policy says stop. Nothing else of ours leaves this method.
         """
         self.catch_up(wait=context.overflows > 0)
-        if self._stopping is not None and not self._backend.agrees:
-            raise self._stopping
+        if not self._backend.agrees:
+            self.check()
         self._note_planned(context.planned)
         for _ in range(context.overflows):
             due = self._due(context)
@@ -254,8 +262,11 @@ class Engine:
 
         One skip too many among them stops the run at the next step.
         """
-        if self._backend.reads_host:
-            return
+        if not self._backend.reads_host:
+            with self.reading:
+                self._catch_up(wait=wait)
+
+    def _catch_up(self, *, wait: bool) -> None:
         try:
             arrived = list(self._backend.arrived(wait=wait))
         except Exception:
@@ -265,9 +276,9 @@ class Engine:
             if isinstance(step, int):
                 self.samples.record(step, vector)
                 continue
+            self.num_steps = max(self.num_steps, step.number + 1)  # of a graph: counted there
             try:
-                num_measures = len(self._chain.measures)
-                self._finish(step, unpack(vector, len(step.rules), num_measures))
+                self._finish(step, unpack(vector, len(step.rules), len(self._chain.measures)))
             except TrainingStopped as stopped:
                 self._stopping = self._stopping or stopped
 
@@ -314,14 +325,9 @@ class Engine:
             act(self._backend, gradients, decision, verdict)
 
     def _act_unread(self, gradients: Any, norms: Norms, decision: Decision, step: DueStep) -> None:
-        """Acts as `judge` will find when it reads the same numbers."""
-        skip, xp = None, self._backend.xp
-        if self._guard.nonfinite == "skip":
-            skip = ~xp.isfinite(decision.total_norm)
-        for rule, over in zip(step.rules, decision.over, strict=True):
-            if rule.then == "skip":
-                skip = over if skip is None else skip | over
+        xp = self._backend.xp
         if self.enforcing:
+            skip = skips(self._guard, step.rules, decision, xp)
             self._backend.apply(gradients, decision.coefs_P, skip)
         self._chain.learn(decision, xp.isfinite(decision.total_norm))
         scale, found_inf = gradients.loss_scale, gradients.found_inf
