@@ -105,7 +105,7 @@ class Engine:
         self._chain.load_state_dict(histories)
 
     def check(self) -> None:
-        """Raises `TrainingStopped` where a step that was read since, or a detector, ends the run."""
+        """Raises `TrainingStopped` where a step that was read, or a detector, ends the run."""
         if self._stopping is not None:
             raise self._stopping
 

@@ -10,7 +10,7 @@ the host is made, so that all of it compiles with XLA.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,13 @@ from gradwatch.policy import Policy, Schedule
 from gradwatch.records import Layout
 from gradwatch.rules.chain import Chain
 from gradwatch.rules.clipping import Decision, Limit, Norms, Rule
+from gradwatch.rules.detect_sampled import samples_every
 from gradwatch.rules.reading import PLAIN, compared, pack
 from gradwatch.rules.statistics import State
 from gradwatch.tensorflow.gradients import Gradients, scaled
 from gradwatch.tensorflow.measures import Measures
 from gradwatch.tensorflow.ring import GraphRing, local, variable
+from gradwatch.tensorflow.sampling import GraphSampler
 from gradwatch.tensorflow.vectors import Vector, tensor_of
 
 __all__ = ["Decisions", "Facts", "Ruling", "Trace"]
@@ -69,7 +71,19 @@ class Ruling:
 class Decisions:
     """One watch's, over all graphs that are traced with it."""
 
-    def __init__(self, policy: Policy, layout: Layout, strategy: Any) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        layout: Layout,
+        strategy: Any,
+        variables: Sequence[Any],
+        *,
+        updates_seen: bool,
+    ) -> None:
+        """
+        Args:
+            updates_seen: whether `updated` is called behind each step.
+        """
         self._policy = policy
         self._strategy = strategy
         self._measures = Measures()
@@ -87,6 +101,8 @@ class Decisions:
         width = HEADER + PLAIN + 2 * len(policy.clip) + (2 + len(self.chain.measures)) * count
         self.ring = GraphRing(width, strategy)
         self.traces: list[Trace] = []
+        every = samples_every(policy.detect) if updates_seen else 0
+        self._sampler = GraphSampler(variables, every, strategy) if every else None
         scaling = [r for r in policy.clip if r.then in ("scale", "zero") and r.per not in TOUCHING]
         self._zeroes = policy.guard.nonfinite == "zero" or any(r.then == "zero" for r in scaling)
         self._multiplies = policy.enforcing and (bool(scaling) or self._zeroes)
@@ -99,6 +115,8 @@ class Decisions:
         """
         policy, chain, xp = self._policy, self.chain, Measures.xp
         step = self._step.read_value()
+        if self._sampler is not None:
+            self._sampler.before(step, gradients)
         chain.histories = {k: _read(held) for k, held in self._held.items()}
         rules = chain.rules(gradients.present)
         limits = self._limits(step)
@@ -121,10 +139,10 @@ class Decisions:
                 self._stop_if(rules, decision, finite)
         return Ruling(self._scaled(gradients, decision, finite, loss_scaler), tensor_of(skip))
 
-    @property
-    def skips(self) -> bool:
-        """Whether a step may be dropped."""
-        return self._policy.enforcing
+    def updated(self, skip: Any) -> None:
+        """In a graph, behind the update that was made unless `skip`."""
+        if self._sampler is not None:
+            self._sampler.after(self._step.read_value() - 1, skip)
 
     # What the host may ask
 
@@ -148,6 +166,10 @@ class Decisions:
             found.append((step, trace, row[1:HEADER], row[HEADER : HEADER + length]))
         return found
 
+    def sampled(self) -> list[tuple[int, npt.NDArray[np.float64]]]:
+        """New samples [S * P], each with its step."""
+        return [] if self._sampler is None else self._sampler.read()
+
     def state_dict(self) -> dict[str, Any]:
         self.chain.histories = {
             k: _read({name: local(held, self._strategy) for name, held in history.items()})
@@ -161,6 +183,8 @@ class Decisions:
         self._hold(self.chain.histories)
         self._step.assign(num_steps)
         self.ring.begin_at(num_steps)
+        if self._sampler is not None:
+            self._sampler.begin_at(num_steps)
         return anew
 
     # In the graph

@@ -81,10 +81,11 @@ class OptimizerHook:
 class AccumulationHook:
     """Where Keras accumulates by itself, inside of its window: on the mean, before the update."""
 
-    def __init__(self, inner: Any, rule: Rule) -> None:
+    def __init__(self, inner: Any, rule: Rule, updated: Callable[[Any], None]) -> None:
         """
         Args:
             inner: an optimizer of Keras 3 with `gradient_accumulation_steps`.
+            updated: called behind each update with whether it was not made.
         """
         self._entries = Entries(inner)
         due: list[Any] = []  # the variables of the trace that is going on
@@ -107,6 +108,7 @@ class AccumulationHook:
 
         def update_step(grads: Any, variables: Any, learning_rate: Any) -> None:
             unless(skip[0], lambda: step(grads, variables, learning_rate))
+            updated(skip[0])
 
         self._entries.put("_backend_apply_gradients", apply_gradients)
         self._entries.put("_clip_gradients", clip_gradients)

@@ -15,12 +15,15 @@ from gradwatch.backend import StepContext
 from gradwatch.due_step import DueStep
 from gradwatch.recorder import Recorder
 from gradwatch.rules.arrays import NUMPY
-from gradwatch.rules.culprit import Clues
+from gradwatch.rules.culprit import Clues, Forward
 from gradwatch.tensorflow.decisions import Decisions
 
 __all__ = ["GraphSteps", "ReadingThread"]
 
 PERIOD_SECONDS = 0.05
+NOTHING_KEPT = Clues(
+    forward=Forward(evidence="flags", unknown="a graph of TensorFlow keeps nothing of it")
+)
 
 
 class GraphSteps:
@@ -38,7 +41,7 @@ class GraphSteps:
         self._last = (time.time(), time.perf_counter())
         self._stopped = False
 
-    def arrived(self, *, wait: bool) -> Iterator[tuple[Any, DueStep]]:
+    def arrived(self, *, wait: bool) -> Iterator[tuple[Any, DueStep | int]]:
         """Steps since the last time, oldest first. A graph does not tell when a step was made: they
         are spread over the time since, of which there is little."""
         rows = self._decisions.read()
@@ -62,12 +65,14 @@ class GraphSteps:
                 loss=self._loss(number, loss if trace.has_loss else None),
             )
             yield packed, step
+        # Behind their steps, which are on their way to the consumer by then.
+        yield from ((row, number) for number, row in self._decisions.sampled())
 
     def seen(self) -> None:
         return None
 
     def clues(self, seen: Any, *, is_over: bool) -> Clues:
-        return Clues()
+        return NOTHING_KEPT
 
     def _loss(self, step: int, loss: float | None) -> float | None:
         assert self.recorder is not None

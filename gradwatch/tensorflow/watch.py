@@ -110,7 +110,9 @@ class TFWatch(Watch):
         self._places = Places(variables)
         self._variables = variables
         self._optimizer = optimizer
-        self._decisions = Decisions(policy, layout, self._strategy)
+        self._decisions = Decisions(
+            policy, layout, self._strategy, variables, updates_seen=optimizer is not None
+        )
         steps = GraphSteps(self._decisions)
         # The engine reads here, and never takes a step itself.
         super().__init__(info, policy, cast(Backend, steps), recording)
@@ -131,7 +133,9 @@ class TFWatch(Watch):
 
     def _hook(self, model: Any, optimizer: Any) -> None:
         if optimizer is not None and self._windows is not None:
-            self._hooks.append(AccumulationHook(inner_of(optimizer), self._rule_of_window))
+            self._hooks.append(
+                AccumulationHook(inner_of(optimizer), self._rule_of_window, self._decisions.updated)
+            )
         elif optimizer is not None:
             update = own_update(optimizer)
             self._hooks.append(
@@ -245,6 +249,7 @@ class TFWatch(Watch):
         scale, scaler = loss_scale_of(optimizer), scales_loss(optimizer)
         values, skip = self._ruled(values, list(variables), facts, scale, loss_scaler=scaler)
         update.unless(skip, values, variables)
+        self._decisions.updated(skip)
 
     def _rule_of_window(
         self, grads: Sequence[Any], variables: Sequence[Any]
