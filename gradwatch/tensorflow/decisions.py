@@ -34,8 +34,9 @@ from gradwatch.tensorflow.vectors import Vector, tensor_of
 
 __all__ = ["Decisions", "Facts", "Ruling", "Trace"]
 
-HEADER = 5
-"""Numbers of a row before what was packed: trace, micro-batches, weight, learning rate, loss."""
+HEADER = 6
+"""Numbers of a row before what was packed: whether the run had been stopped, trace, micro-batches,
+weight, learning rate, loss."""
 
 TOUCHING = ("unit", "element")
 
@@ -161,9 +162,11 @@ class Decisions:
         num_rules, num_measures = len(self._policy.clip), len(self.chain.measures)
         found = []
         for step, row in self.ring.read():
-            trace = self.traces[int(row[0])]
+            if row[0]:
+                continue  # what came when the run was at its end was no step
+            trace = self.traces[int(row[1])]
             length = PLAIN + 2 * num_rules + (2 + num_measures) * sum(trace.present)
-            found.append((step, trace, row[1:HEADER], row[HEADER : HEADER + length]))
+            found.append((step, trace, row[2:HEADER], row[HEADER : HEADER + length]))
         return found
 
     def sampled(self) -> list[tuple[int, npt.NDArray[np.float64]]]:
@@ -220,7 +223,8 @@ class Decisions:
             decision, limits, norms[2.0], gradients.loss_scale, gradients.found_inf, xp, measures
         )
         loss = math.nan if facts.loss is None else facts.loss
-        header = [float(self.traces.index(trace)), facts.micro_batches, facts.weight,
+        number = float(self.traces.index(trace))
+        header = [self._stopped.read_value(), number, facts.micro_batches, facts.weight,
                   facts.learning_rate, loss]  # fmt: skip
         numbers = [tf.cast(tensor_of(number), tf.float64) for number in header]
         self.ring.write(step, tf.concat([tf.stack(numbers), packed.tensor], 0))

@@ -17,6 +17,7 @@ from gradwatch.errors import AttachError
 from gradwatch.tensorflow.applying import Update
 
 __all__ = [
+    "build",
     "hooked_name",
     "inner_of",
     "is_keras",
@@ -98,6 +99,15 @@ def learning_rate_of(optimizer: Any) -> Any:
         return tf.cast(tf.convert_to_tensor(optimizer.learning_rate), tf.float64)
     except (AttributeError, TypeError, ValueError):
         return math.nan
+
+
+def build(optimizer: Any, variables: Sequence[Any], strategy: Any) -> None:
+    """Makes the variables of an optimizer of Keras 3, as its first update would: a loop that has
+    several traces must not make them in the second one, and no branch may."""
+    if is_keras(optimizer) and not optimizer.built:
+        with tf.init_scope(), strategy.scope():
+            optimizer.build(list(variables))
+            optimizer.built = True
 
 
 def own_update(optimizer: Any) -> Update:

@@ -64,7 +64,6 @@ class OptimizerHook:
             variables = trainable_variables
             if variables is None:
                 variables = optimizer._trainable_variables
-            _build(optimizer, variables)
             decide(list(grads), list(variables))
 
         def apply_gradients(grads_and_vars: Any, *_: Any, **__: Any) -> Any:
@@ -201,10 +200,3 @@ class LossOfTrace:
 
 def _in_graph() -> bool:
     return not tf.executing_eagerly()
-
-
-def _build(optimizer: Any, variables: Any) -> None:
-    """As Keras does on the first call, so that no branch has to make variables."""
-    if not optimizer.built:
-        optimizer.build(list(variables))
-        optimizer.built = True

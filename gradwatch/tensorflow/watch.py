@@ -18,6 +18,7 @@ from gradwatch.tensorflow.accumulate import Accumulator
 from gradwatch.tensorflow.applying import Update, replicas, summed
 from gradwatch.tensorflow.decisions import Decisions, Facts
 from gradwatch.tensorflow.frameworks import (
+    build,
     inner_of,
     is_keras,
     learning_rate_of,
@@ -88,6 +89,7 @@ class TFWatch(Watch):
             refuse_clipping_optimizer(policy, optimizer)
             count = self._strategy.num_replicas_in_sync
             windows = windows_of_keras(policy, optimizer, replicas=count)
+            build(optimizer, variables, self._strategy)
         info = RunInfo(
             run=run,
             layout=layout,
@@ -205,8 +207,7 @@ class TFWatch(Watch):
         if optimizer is self._optimizer:
             optimizer.apply_gradients(list(zip(grads, variables, strict=True)))
             return
-        if is_keras(optimizer) and not optimizer.built:
-            optimizer.build(variables)
+        build(optimizer, variables, self._strategy)
         self._decide(optimizer, own_update(optimizer), grads, variables)
 
     def accumulator(self, every: int | None = None) -> Accumulator:
@@ -320,6 +321,7 @@ class TFWatch(Watch):
         try:
             self._engine.check()
         except TrainingStopped:
+            self._decisions.stop()
             self.pipeline.stopped = True
             self.pipeline.tally.set_state("stopped")
             raise
