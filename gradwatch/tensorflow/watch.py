@@ -11,7 +11,7 @@ import tensorflow as tf
 from gradwatch.backend import Backend
 from gradwatch.errors import AttachError, GradwatchError, TrainingStopped
 from gradwatch.policy import Policy, check_against
-from gradwatch.records import Layout, RunInfo
+from gradwatch.records import Layout, RunInfo, StepRecord
 from gradwatch.rule_notes import say_anew
 from gradwatch.rules.chain import measures_of
 from gradwatch.tensorflow.accumulate import Accumulator
@@ -300,6 +300,10 @@ class TFWatch(Watch):
         self.pipeline.tally.set_enforcing(False)
 
     # On the host
+
+    def history(self, count: int) -> list[StepRecord]:
+        self._engine.catch_up(wait=True)
+        return super().history(count)
 
     def log(self, **scalars: SupportsFloat) -> None:
         """Puts numbers beside the step just done: `watch.log(loss=loss)`."""
