@@ -95,7 +95,7 @@ def _by_paths(model: Any) -> torch.nn.Module:
             "their first call, run one batch through it or give it an Input before attaching"
         )
     owners = {id(v): layer for layer in model._flatten_layers() for v in layer._trainable_variables}
-    root = type(model.name, (torch.nn.Module,), {})()
+    root: torch.nn.Module = type(model.name, (torch.nn.Module,), {})()
     paths = [variable.path.split("/") for variable in variables]
     begins = all(path[0] == model.name and len(path) > 2 for path in paths)
     for variable, path in zip(variables, paths, strict=True):
