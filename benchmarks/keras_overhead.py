@@ -1,11 +1,10 @@
 """What gradwatch costs a step of Keras, against `tf.clip_by_global_norm` in the same step.
 
-    python benchmarks/keras_overhead.py [--parameters 5 50] [--steps 60] [--rounds 7]
+    python benchmarks/keras_overhead.py [--parameters 5 50] [--pairs 400]
 
 Two copies of one network, one clipped by TensorFlow's own function and one watched with a policy
-that clips to the same norm (recording and detection on), take turns, `--steps` at a time. Printed
-is the ratio of the time of a step, the median and the quickest of all rounds, in a graph and
-compiled with XLA.
+that clips to the same norm (recording and detection on), take turns step by step. Printed are
+ratios of the time of a step, in a graph and compiled with XLA.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -75,51 +75,59 @@ def stepper(width: int, xla: bool, policy: object, directory: str) -> Callable[[
     return run
 
 
-def compared(
-    ours: Callable[[], object], theirs: Callable[[], object], steps: int, rounds: int
-) -> tuple[float, float, float]:
-    """Ratio of the medians, of the quickest, and the time of their step in ms."""
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+@dataclass
+class Times:
+    """Of one step each: seconds on the wall, and of all cores together."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def of(self, run: Callable[[], object]) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+
+
+def compared(ours: Callable[[], object], theirs: Callable[[], object], pairs: int) -> list[float]:
+    """The median of the ratios of pairs, the ratio of the quickest tenth and of the time of all
+    cores, and the time of their step in ms."""
     for run in (ours, theirs):
         for _ in range(5):
             run()
-    for turn in range(rounds):
-        pair = [("ours", ours), ("theirs", theirs)]
-        for name, run in pair if turn % 2 else reversed(pair):
-            for _ in range(steps):
-                started = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    quick = {name: statistics.quantiles(values, n=10)[0] for name, values in times.items()}
-    return (
-        medians["ours"] / medians["theirs"],
-        quick["ours"] / quick["theirs"],
-        1000 * medians["theirs"],
-    )
+    our, their = Times(), Times()
+    for pair in range(pairs):
+        for times, run in [(our, ours), (their, theirs)][:: 1 if pair % 2 else -1]:
+            times.of(run)
+    ratios = [a / b for a, b in zip(our.wall, their.wall, strict=True)]
+    quick = [statistics.quantiles(times.wall, n=10)[0] for times in (our, their)]
+    return [
+        statistics.median(ratios),
+        quick[0] / quick[1],
+        statistics.median(our.cpu) / statistics.median(their.cpu),
+        1000 * statistics.median(their.wall),
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--parameters", type=float, nargs="+", default=[5, 50], help="millions")
     parser.add_argument("--policies", nargs="+", default=["global"], choices=list(POLICIES))
-    parser.add_argument("--steps", type=int, default=60, help="in each turn")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=400, help="of steps; a tenth from 20 M on")
     given = parser.parse_args()
-    print(
-        f"{'parameters':>10} {'how':>6} {'policy':>16} {'median':>8} {'p10':>8} {'clip step':>10}"
-    )
+    heads = ("parameters", "how", "policy", "paired", "p10", "cpu", "clip, ms")
+    print("{:>10} {:>6} {:>16} {:>8} {:>8} {:>8} {:>9}".format(*heads))
     with tempfile.TemporaryDirectory() as directory:
         for millions in given.parameters:
             for xla in (False, True):
                 theirs = stepper(width_for(millions), xla, "tensorflow", directory)
                 for name in given.policies:
                     ours = stepper(width_for(millions), xla, POLICIES[name], directory)
-                    steps = given.steps if millions < 20 else max(5, given.steps // 6)
-                    median, quick, ms = compared(ours, theirs, steps, given.rounds)
+                    pairs = given.pairs if millions < 20 else max(10, given.pairs // 10)
+                    *ratios, ms = compared(ours, theirs, pairs)
+                    shown = " ".join(f"{ratio:>7.3f}x" for ratio in ratios)
                     how = "xla" if xla else "graph"
-                    print(f"{millions:>9g}M {how:>6} {name:>16} {median:>7.3f}x {quick:>7.3f}x "
-                          f"{ms:>8.1f}ms", flush=True)  # fmt: skip
+                    print(f"{millions:>9g}M {how:>6} {name:>16} {shown} {ms:>9.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 from gradwatch.errors import AttachError
 
-__all__ = ["Update", "replicas", "summed", "unless"]
+__all__ = ["Update", "is_compiled_here", "plain", "replicas", "summed", "unless"]
 
 
 def replicas() -> int:
@@ -50,6 +51,7 @@ class Update:
     """What an optimizer does with gradients that are summed already."""
 
     apply: Callable[[Sequence[Any], Sequence[Any]], Any]
+    optimizer: Any
     summing: Any = None
     """The optimizer of Keras 3 that would sum them over the replicas; None where none would."""
 
@@ -60,7 +62,10 @@ class Update:
         meets the others, which no branch of a replica may.
         """
         if replicas() == 1:
-            unless(skip, lambda: self.apply(gradients, variables))
+            if skip is not None and is_compiled_here():
+                self._taken_back(skip, gradients, variables)
+            else:
+                unless(skip, lambda: self.apply(gradients, variables))
             return
 
         def across(strategy: Any, skip: Any, gradients: list[Any]) -> None:
@@ -76,6 +81,30 @@ class Update:
 
         context = tf.distribute.get_replica_context()
         context.merge_call(across, args=(skip, list(gradients)))
+
+    def _taken_back(self, skip: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+        """Makes the update, and the values from before where it is skipped: XLA fuses the choice
+        into the update, while a branch would copy all that it may change."""
+        own = self.optimizer.variables
+        held = [plain(v) for v in (*variables, *(own() if callable(own) else own))]
+        before = [variable.read_value() for variable in held]
+        self.apply(gradients, variables)
+        for variable, value in zip(held, before, strict=True):
+            variable.assign(tf.where(skip, value, variable.read_value()))
+
+
+def is_compiled_here() -> bool:
+    """Whether what is traced is a function that XLA compiles."""
+    try:
+        return bool(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+    except AttributeError:  # of a later TensorFlow: slower, and as right
+        return False
+
+
+def plain(variable: Any) -> Any:
+    """The tf.Variable of one of Keras."""
+    value = getattr(variable, "value", None)
+    return variable if value is None or callable(value) else value
 
 
 def unless(skip: Any, update: Callable[[], Any]) -> None:

@@ -114,13 +114,13 @@ def own_update(optimizer: Any) -> Update:
     """The update as the optimizer makes it, of gradients that are summed over the replicas."""
     apply = getattr(optimizer, hooked_name(optimizer))
     if is_keras(optimizer):
-        return Update(apply, summing=inner_of(optimizer))
+        return Update(apply, optimizer, summing=inner_of(optimizer))
 
     def apply_pairs(gradients: Sequence[Any], variables: Sequence[Any]) -> Any:
         pairs = list(zip(gradients, variables, strict=True))
         return apply(pairs, skip_gradients_aggregation=True)
 
-    return Update(apply_pairs)
+    return Update(apply_pairs, optimizer)
 
 
 def strategy_of(model: Any, optimizer: Any) -> Any:

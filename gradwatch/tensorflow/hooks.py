@@ -6,17 +6,15 @@ Both are entries of the object itself and come off again. Nothing of them is sav
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import tensorflow as tf
 
 from gradwatch.errors import AttachError
 from gradwatch.tensorflow.applying import unless
 from gradwatch.tensorflow.frameworks import hooked_name, is_keras
+from gradwatch.tensorflow.notes import NoteOfTrace
 
-__all__ = ["AccumulationHook", "LossOfTrace", "NoteOfTrace", "OptimizerHook", "TrainFunctionHook"]
+__all__ = ["AccumulationHook", "LossOfTrace", "OptimizerHook", "TrainFunctionHook"]
 
 MARK = "gradwatch_hook"
 
@@ -153,26 +151,6 @@ class TrainFunctionHook:
             self._model.make_train_function(force=True)
 
 
-class NoteOfTrace:
-    """Tensors for later in the trace that is going on, in the same graph and the same replica."""
-
-    def __init__(self) -> None:
-        self._here = threading.local()  # each replica is traced in a thread of its own
-
-    def put(self, *tensors: Any) -> None:
-        self._here.tensors = tensors
-        self._here.graph = tf.compat.v1.get_default_graph() if _in_graph() else None
-
-    def take(self) -> tuple[Any, ...] | None:
-        """None where there are none of this trace."""
-        tensors = getattr(self._here, "tensors", None)
-        if tensors is None:
-            return None
-        self._here.tensors = None
-        graph = tf.compat.v1.get_default_graph() if _in_graph() else None
-        return tensors if self._here.graph is graph else None
-
-
 class LossOfTrace:
     """The loss that a model of Keras 3 has computed in the trace that is going on."""
 
@@ -196,7 +174,3 @@ class LossOfTrace:
 
     def remove(self) -> None:
         self._entries.remove()
-
-
-def _in_graph() -> bool:
-    return not tf.executing_eagerly()

@@ -17,8 +17,10 @@ import numpy as np
 import tensorflow as tf
 
 from gradwatch.records import SAMPLES
+from gradwatch.tensorflow.applying import is_compiled_here
 from gradwatch.tensorflow.gradients import Gradients
-from gradwatch.tensorflow.ring import GraphRing, variable
+from gradwatch.tensorflow.notes import NoteOfTrace
+from gradwatch.tensorflow.ring import GraphRing
 
 __all__ = ["GraphSampler"]
 
@@ -45,15 +47,13 @@ class GraphSampler:
         sizes = [int(np.prod(v.shape, dtype=np.int64)) for v in variables]
         width = max(LEAST, min(WIDTH, BUDGET // len(sizes)))
         # An odd stride passes through every column of a matrix whose rows are of even length.
-        self._strides = [math.ceil(size / width) | 1 if size > width else 1 for size in sizes]
-        self._counts = [math.ceil(n / k) for n, k in zip(sizes, self._strides, strict=True)]
+        strides = [math.ceil(size / width) | 1 if size > width else 1 for size in sizes]
+        self._places = [np.arange(0, n, k) for n, k in zip(sizes, strides, strict=True)]
+        self._counts = [len(places) for places in self._places]
         self._widest = max([1, *self._counts])
-        shape = (len(sizes), self._widest)
-        self._gradient, self._before = (
-            variable(np.zeros(shape), tf.float32, strategy) for _ in range(2)
-        )
-        self._known = variable(np.zeros(len(sizes), dtype=bool), tf.bool, strategy)
-        self._scale = variable(math.nan, tf.float32, strategy)
+        self._taken = NoteOfTrace()
+        """Gradients and weights [P, W] from before the update that is traced."""
+
         count = np.maximum(np.array(self._counts, dtype=np.float32), 1.0)
         self._count_P, self._times_P = count, np.sqrt(np.array(sizes, np.float32) / count)
         self.ring = GraphRing(len(SAMPLES) * len(sizes), strategy)
@@ -65,24 +65,36 @@ class GraphSampler:
         # Rows of an embedding have other elements than its weights.
         values = {i: v for i, v in values.items() if not isinstance(v, tf.IndexedSlices)}
         known = np.isin(np.arange(len(present)), list(values))
-        scale = math.nan if gradients.loss_scale is None else gradients.loss_scale
-        empty = tf.zeros(self._widest)
 
-        def take() -> None:
-            rows = [self._row(values[i], i) if known[i] else empty for i in range(len(present))]
-            self._gradient.assign(tf.stack(rows))
-            self._before.assign(self._weights())
-            self._known.assign(known)
-            self._scale.assign(tf.cast(scale, tf.float32))
+        def take() -> tuple[Any, Any]:
+            chosen = [self._chosen(values[i], i) if known[i] else None for i in range(len(known))]
+            return self._matrix(chosen), self._matrix(self._weights())
 
-        tf.cond(self._is_due(step), take, lambda: None)
+        def nothing() -> tuple[Any, Any]:
+            return (tf.zeros((len(known), self._widest)),) * 2
+
+        if is_compiled_here():
+            # A branch is given copies of what it looks at: whole weights, where it chose itself.
+            chosen = [self._chosen(values[i], i) if known[i] else None for i in range(len(known))]
+            self._taken.put(chosen, self._weights(), known, gradients.loss_scale)
+        else:
+            taken = tf.cond(self._is_due(step), take, nothing)
+            self._taken.put(*taken, known, gradients.loss_scale)
 
     def after(self, step: Any, skip: Any) -> None:
         """In a graph, behind the update of that step, or where it was skipped (0-d or None)."""
+        taken = self._taken.take()
+        if taken is None:
+            return
         due = self._is_due(step)
         due = due if skip is None else tf.logical_and(due, tf.logical_not(skip))
         number = step // self._every  # one sampled step after the other has a slot
-        tf.cond(due, lambda: self.ring.write(number, self._found()), lambda: None)
+        weights = self._weights() if is_compiled_here() else None
+
+        def write() -> None:
+            self.ring.write(number, self._found(*taken, weights or self._weights()))
+
+        tf.cond(due, write, lambda: None)
 
     def read(self) -> list[tuple[int, Any]]:
         """Steps and their samples, oldest first."""
@@ -94,16 +106,15 @@ class GraphSampler:
     def _is_due(self, step: Any) -> Any:
         return tf.equal(step % self._every, 0)
 
-    def _found(self) -> Any:
+    def _found(self, gradient: Any, before: Any, known: Any, scale: Any, after: Any) -> Any:
         """[S * P] by `records.SAMPLES`, NaN where there is nothing to say."""
-        gradient, before = self._gradient.read_value(), self._before.read_value()
-        after = self._weights()
+        gradient, before, after = (self._matrix(rows) for rows in (gradient, before, after))
         there = tf.not_equal(gradient, 0.0)
         alive_P = _counted(there)
         unchanged_P = _counted(there & tf.equal(before, after)) / alive_P
-        scale = self._scale.read_value()
-        kept_P = _counted(tf.abs(gradient) * scale >= FLUSHED)
-        flushed_P = tf.where(tf.math.is_nan(scale), math.nan, 1.0 - kept_P / self._count_P)
+        flushed_P = tf.fill(alive_P.shape, math.nan)
+        if scale is not None:
+            flushed_P = 1.0 - _counted(tf.abs(gradient) * scale >= FLUSHED) / self._count_P
         found = [
             1.0 - alive_P / self._count_P,
             flushed_P,
@@ -111,16 +122,25 @@ class GraphSampler:
             tf.norm(after - before, axis=1) * self._times_P,
             tf.norm(before, axis=1) * self._times_P,
         ]
-        known = self._known.read_value()
         return tf.concat([tf.where(known, values, math.nan) for values in found], 0)
 
-    def _weights(self) -> Any:
-        rows = [self._row(tf.convert_to_tensor(v), i) for i, v in enumerate(self._variables)]
-        return tf.stack(rows)
+    def _weights(self) -> list[Any]:
+        return [self._chosen(tf.convert_to_tensor(v), i) for i, v in enumerate(self._variables)]
 
-    def _row(self, tensor: Any, i: int) -> Any:
-        chosen = tf.reshape(tensor, [-1])[:: self._strides[i]]
-        return tf.pad(tf.cast(chosen, tf.float32), [[0, self._widest - self._counts[i]]])
+    def _chosen(self, tensor: Any, i: int) -> Any:
+        return tf.cast(tf.gather(tf.reshape(tensor, [-1]), self._places[i]), tf.float32)
+
+    def _matrix(self, rows: Any) -> Any:
+        """[P, W] of rows that are as long as they are, or the matrix that it is already."""
+        if not isinstance(rows, list):
+            return rows
+        empty = tf.zeros(self._widest)
+        return tf.stack(
+            [
+                empty if row is None else tf.pad(row, [[0, self._widest - count]])
+                for row, count in zip(rows, self._counts, strict=True)
+            ]
+        )
 
 
 def _counted(truths_PW: Any) -> Any:

@@ -30,11 +30,11 @@ from gradwatch.tensorflow.frameworks import (
 from gradwatch.tensorflow.hooks import (
     AccumulationHook,
     LossOfTrace,
-    NoteOfTrace,
     OptimizerHook,
     TrainFunctionHook,
 )
 from gradwatch.tensorflow.layers import described, device_of, trainable_of
+from gradwatch.tensorflow.notes import NoteOfTrace
 from gradwatch.tensorflow.places import Places
 from gradwatch.tensorflow.reader import GraphSteps, ReadingThread
 from gradwatch.tensorflow.refusals import (
