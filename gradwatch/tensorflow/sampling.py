@@ -86,13 +86,15 @@ class GraphSampler:
         taken = self._taken.take()
         if taken is None:
             return
+        gradient, before, known, scale = taken
         due = self._is_due(step)
         due = due if skip is None else tf.logical_and(due, tf.logical_not(skip))
         number = step // self._every  # one sampled step after the other has a slot
         weights = self._weights() if is_compiled_here() else None
 
         def write() -> None:
-            self.ring.write(number, self._found(*taken, weights or self._weights()))
+            after = weights or self._weights()
+            self.ring.write(number, self._found(gradient, before, after, known, scale))
 
         tf.cond(due, write, lambda: None)
 
@@ -106,7 +108,7 @@ class GraphSampler:
     def _is_due(self, step: Any) -> Any:
         return tf.equal(step % self._every, 0)
 
-    def _found(self, gradient: Any, before: Any, known: Any, scale: Any, after: Any) -> Any:
+    def _found(self, gradient: Any, before: Any, after: Any, known: Any, scale: Any) -> Any:
         """[S * P] by `records.SAMPLES`, NaN where there is nothing to say."""
         gradient, before, after = (self._matrix(rows) for rows in (gradient, before, after))
         there = tf.not_equal(gradient, 0.0)
