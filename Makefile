@@ -9,8 +9,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/demo.stamp
 	$(BIN)/gradwatch demo $(ARGS)
 
+# TensorFlow and torch in one process are two runtimes on the same cores: its tests are a run of their own.
 test: $(VENV)/dev.stamp programs lint
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m pytest -m "not gpu" tests/tensorflow)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -42,8 +42,10 @@ def attach(
     """Watches the gradients of `model` from the next `optimizer.step()` on.
 
     Args:
-        model: a `torch.nn.Module`.
-        optimizer: the optimizer that updates it; without one, call `watch.process()` yourself.
+        model: a `torch.nn.Module`, a model of Keras, a `tf.Module`, or an optimizer of Keras that
+            is built.
+        optimizer: the optimizer that updates it; without one, call `watch.process()` yourself. A
+            model of Keras knows the one it is compiled with.
         policy: a YAML file, a dict or a `Policy`; None only observes. A file that is written while
             the run goes on is read again: its numbers may change, and hold from a step on.
         run: the label of this run in metrics and recordings; by default script and start time.
@@ -69,7 +71,7 @@ def attach(
     loaded = load_policy(policy) if file is None else file.policy
     _refuse_windows_of_accelerate(loaded, optimizer)
     started = time.time()
-    watch: Watch = _framework_watch(model)(
+    watch: Watch = _framework_watch(model, optimizer)(
         model,
         optimizer,
         loaded,
@@ -113,17 +115,35 @@ def clip_grads_(
     return of_torch(parameters, load_policy(policy))
 
 
-def _framework_watch(model: Any) -> Any:
+def _framework_watch(model: Any, optimizer: Any) -> Any:
     """The watch class for this kind of model; imports only the framework it is made with."""
-    torch = sys.modules.get("torch")
+    torch, keras = sys.modules.get("torch"), sys.modules.get("keras")
     if torch is not None and isinstance(model, torch.nn.Module):
+        if keras is not None and isinstance(model, keras.Model) and _is_of_keras(model, optimizer):
+            from gradwatch.torch.keras import KerasTorchWatch
+
+            return KerasTorchWatch
         from gradwatch.torch.watch import TorchWatch
 
         return TorchWatch
+    if "tensorflow" in sys.modules:
+        from gradwatch.tensorflow.frameworks import is_model, is_optimizer
+
+        if is_model(model) or is_optimizer(model):
+            from gradwatch.tensorflow.watch import TFWatch
+
+            return TFWatch
     raise AttachError(
-        f"expected a torch.nn.Module as the model. Received: {type(model).__module__}."
+        f"expected a torch.nn.Module or a model of Keras. Received: {type(model).__module__}."
         f"{type(model).__qualname__}. Pass the module whose parameters the optimizer updates."
     )
+
+
+def _is_of_keras(model: Any, optimizer: Any) -> bool:
+    """Whether it is Keras that makes the updates of a model that computes with torch."""
+    optimizers = sys.modules["keras"].optimizers
+    given = getattr(model, "optimizer", None) if optimizer is None else optimizer
+    return isinstance(given, optimizers.Optimizer)
 
 
 def run_name(started: float | None = None) -> str:

@@ -31,12 +31,14 @@ __all__ = [
     "Agreed",
     "Backend",
     "Gradients",
+    "Measures",
     "RanksFailed",
     "RanksMissing",
     "StepContext",
     "Word",
     "act",
     "measure_and_decide",
+    "skips",
 ]
 
 
@@ -97,19 +99,10 @@ class Agreed:
 SILENT = Word()
 
 
-class Backend(Protocol):
-    """What a framework does with gradients. Q of the P watched parameters have one."""
+class Measures(Protocol):
+    """What the rules need of gradients. Q of the P watched parameters have one."""
 
     xp: Arrays
-
-    agrees: bool
-    """Whether several processes decide together."""
-
-    reads_host: bool
-    """Whether decisions are read before they are applied."""
-
-    def gather(self, factor: float) -> Any:
-        """The gradients that are due now; what the optimizer is due to see is `factor` of them."""
 
     def measure(self, gradients: Any, norm_type: float) -> Vector:
         """[Q] p-norm of each present tensor, times the factor; where the host may be read right
@@ -132,13 +125,6 @@ class Backend(Protocol):
             RanksMissing: there is no agreement.
         """
 
-    def abandon(self, num_keys: int) -> None:
-        """The step is not decided here, for which the others must not wait.
-
-        Args:
-            num_keys: kinds of norms that they send.
-        """
-
     def touch(
         self, gradients: Any, rule: Rule, values: Vector, over: Vector, apply: bool
     ) -> Any | None:
@@ -156,6 +142,26 @@ class Backend(Protocol):
 
     def scalar(self, value: float) -> Vector:
         """A number of the host, 0-d."""
+
+
+class Backend(Measures, Protocol):
+    """What a framework does with gradients, one step after the other."""
+
+    agrees: bool
+    """Whether several processes decide together."""
+
+    reads_host: bool
+    """Whether decisions are read before they are applied."""
+
+    def gather(self, factor: float) -> Any:
+        """The gradients that are due now; what the optimizer is due to see is `factor` of them."""
+
+    def abandon(self, num_keys: int) -> None:
+        """The step is not decided here, for which the others must not wait.
+
+        Args:
+            num_keys: kinds of norms that they send.
+        """
 
     def host(self, vector: Vector) -> Float32s:
         """A vector, on the host."""
@@ -232,7 +238,7 @@ class StepContext:
 
 
 def measure_and_decide(
-    backend: Backend,
+    backend: Measures,
     gradients: Any,
     chain: Chain,
     rules: Sequence[Rule],
@@ -275,13 +281,25 @@ def measure_and_decide(
 
 
 def _gradient_norms(
-    backend: Backend, gradients: Any, chain: Chain, rules: Sequence[Rule]
+    backend: Measures, gradients: Any, chain: Chain, rules: Sequence[Rule]
 ) -> dict[float | str, Vector]:
     norms: dict[float | str, Vector] = {p: backend.measure(gradients, p) for p in chain.norm_types}
     for rule in rules:
         if rule.slices is not None:
             norms[rule.key] = backend.measure_units(gradients, rule)
     return norms
+
+
+def skips(guard: Guard, rules: Sequence[Rule], decision: Decision, xp: Arrays) -> Vector | None:
+    """0-d, whether the step is dropped, as `judge` will find when it reads the same numbers; None
+    where it never is."""
+    skip = None
+    if guard.nonfinite in ("skip", "stop"):
+        skip = ~xp.isfinite(decision.total_norm)
+    for rule, over in zip(rules, decision.over, strict=True):
+        if rule.then in ("skip", "stop"):
+            skip = over if skip is None else skip | over
+    return skip
 
 
 def act(backend: Backend, gradients: Any, decision: Decision, verdict: Verdict) -> None:

@@ -14,11 +14,21 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gradwatch.backend import Backend, RanksMissing, StepContext, Word, act, measure_and_decide
+from gradwatch.backend import (
+    Agreed,
+    Backend,
+    RanksMissing,
+    StepContext,
+    Word,
+    act,
+    measure_and_decide,
+    skips,
+)  # fmt: skip
 from gradwatch.due_step import DueStep, row_of
 from gradwatch.errors import TrainingStopped, stopped_before
 from gradwatch.investigation import Investigation
@@ -71,15 +81,14 @@ class Engine:
         self._skips = SkipHistory()
         self._skipped: str | None = None
         self._stopping: TrainingStopped | None = None
-        self._is_agreed = False
-        """Whether several processes are known to stop together."""
-
+        self._is_agreed = False  # several processes are known to stop together
         self._failures_in_a_row = 0
         self._could_not_apply = False
         self._notes = RuleNotes()
         self._noise = NoiseScale()
         self._planned = 0
         self._last_started = math.nan
+        self.reading = threading.RLock()  # a thread may end the steps that a graph decides
 
     def extend(self, backend: Backend, layout: Layout) -> None:
         """Goes on with more parameters, behind the ones of before; records keep their shape."""
@@ -88,6 +97,11 @@ class Engine:
         histories = self._chain.state_dict()
         self._chain = self._new_chain(layout)
         self._chain.load_state_dict(histories)
+
+    def check(self) -> None:
+        """Raises `TrainingStopped` where a step that was read, or a detector, ends the run."""
+        if self._stopping is not None:
+            raise self._stopping
 
     def stop_soon(self, anomaly: Anomaly) -> None:
         """Stops the run before its next update, as `detect` says; called on another thread."""
@@ -148,8 +162,8 @@ class Engine:
             TrainingStopped: the policy says stop. Nothing else of ours leaves this method.
         """
         self.catch_up(wait=context.overflows > 0)
-        if self._stopping is not None and (self._is_agreed or not self._backend.agrees):
-            raise self._stopping
+        if self._is_agreed or not self._backend.agrees:
+            self.check()
         self._note_planned(context.planned)
         for _ in range(context.overflows):
             due = self._due(context)
@@ -181,7 +195,7 @@ class Engine:
             if self._backend.reads_host:
                 self._act(gradients, decision, verdict)
             else:
-                self._act_unread(gradients, norms, decision, step, agreed.stopping)
+                self._act_unread(agreed, decision, step)
             self._failures_in_a_row = 0
         except TrainingStopped:
             raise
@@ -242,8 +256,11 @@ class Engine:
 
         One skip too many among them stops the run at the next step.
         """
-        if self._backend.reads_host:
-            return
+        if not self._backend.reads_host:
+            with self.reading:
+                self._catch_up(wait=wait)
+
+    def _catch_up(self, *, wait: bool) -> None:
         try:
             arrived = list(self._backend.arrived(wait=wait))
         except Exception:
@@ -253,9 +270,9 @@ class Engine:
             if callable(step):
                 step(vector)
                 continue
+            self.num_steps = max(self.num_steps, step.number + 1)  # of a graph: counted there
             try:
-                num_measures = len(self._chain.measures)
-                self._finish(step, unpack(vector, len(step.rules), num_measures))
+                self._finish(step, unpack(vector, len(step.rules), len(self._chain.measures)))
             except TrainingStopped as stopped:
                 self._stopping = self._stopping or stopped
 
@@ -276,6 +293,7 @@ class Engine:
     def _read(self, gradients: Any, norms: Norms, decision: Decision, step: DueStep) -> Reading:
         scale, found_inf = gradients.loss_scale, gradients.found_inf
         first_norm = step.context.first_norm
+        measures = compared(self._chain.measures, step.rules, norms, decision, self._backend.xp)
         reading = Reading(
             first_norm=math.nan if first_norm is None else float(first_norm),
             limits=tuple(float(least(limit)) for limit in step.limits),
@@ -286,12 +304,7 @@ class Engine:
             overflow=found_inf is not None and bool(found_inf != 0),
             norms_Q=self._backend.host(norms[2.0]),
             kept_Q=self._backend.host(decision.kept_P),
-            measures=tuple(
-                self._backend.host(values)
-                for values in compared(
-                    self._chain.measures, step.rules, norms, decision, self._backend.xp
-                )
-            ),
+            measures=tuple(map(self._backend.host, measures)),
         )
         usable = math.isfinite(reading.total_norm) and not reading.overflow
         self._chain.learn(decision, usable)
@@ -301,24 +314,17 @@ class Engine:
         if self.enforcing and not verdict.stop and verdict.skip != OVERFLOW:
             act(self._backend, gradients, decision, verdict)
 
-    def _act_unread(
-        self, gradients: Any, norms: Norms, decision: Decision, step: DueStep, stopping: Any
-    ) -> None:
-        """Acts as `judge` will find when it reads the same numbers."""
-        skip, xp = None, self._backend.xp
-        if self._guard.nonfinite == "skip":
-            skip = ~xp.isfinite(decision.total_norm)
-        for rule, over in zip(step.rules, decision.over, strict=True):
-            if rule.then == "skip":
-                skip = over if skip is None else skip | over
+    def _act_unread(self, agreed: Agreed, decision: Decision, step: DueStep) -> None:
+        gradients, norms, xp = agreed.gradients, agreed.norms, self._backend.xp
         if self.enforcing:
+            skip = skips(self._guard, step.rules, decision, xp)
             self._backend.apply(gradients, decision.coefs_P, skip)
         self._chain.learn(decision, xp.isfinite(decision.total_norm))
         scale, found_inf = gradients.loss_scale, gradients.found_inf
         measures = compared(self._chain.measures, step.rules, norms, decision, xp)
         packed = pack(
             decision, step.limits, norms[2.0], scale, found_inf, xp, measures,
-            step.context.first_norm, stopping,
+            step.context.first_norm, agreed.stopping,
         )  # fmt: skip
         self._backend.send(packed, step)
 

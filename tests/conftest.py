@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -10,6 +11,17 @@ import pytest
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") == "true" else "default")
+
+TENSORFLOW = Path(__file__).parent / "tensorflow"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """TensorFlow's tests run where they are asked for by path, in a process of their own: devices
+    have to be set before it begins, and it does not like to share one with torch."""
+    if collection_path != TENSORFLOW:
+        return None
+    asked = (Path(str(arg).partition("::")[0]).resolve() for arg in config.invocation_params.args)
+    return None if any(path.is_relative_to(TENSORFLOW) for path in asked) else True
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

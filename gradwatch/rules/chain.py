@@ -148,6 +148,16 @@ class Chain:
                 )  # fmt: skip
             learning.found = None
 
+    @property
+    def histories(self) -> dict[int, State]:
+        """By rule. Where decisions are a graph they are variables, set when it is traced."""
+        return {k: learning.state for k, learning in self._statistics.items()}
+
+    @histories.setter
+    def histories(self, states: Mapping[int, State]) -> None:
+        for k, learning in self._statistics.items():
+            learning.state, learning.found = states[k], None
+
     def begin_again(self, growth: float) -> None:
         """Something changes by intention that may move the norms, such as the micro-batches of a
         step: histories begin anew, and the limits from before hold until they are long enough.

@@ -10,7 +10,7 @@ step, since NaN reaches it from wherever it began; all parameters in sampled ste
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,8 +42,12 @@ class Own:
 class OwnGradient:
     """Over a fixed list of parameters whose gradients are averaged by hooks of their own."""
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], on_error: Callable[[str], None]
+    ) -> None:
         self._parameters = list(parameters)
+        self._on_error = on_error
+        self._is_broken = False
         self._norms: dict[int, torch.Tensor] = {}
         self._is_bad: torch.Tensor | None = None
         self._sampling: list[_Removable] = []
@@ -53,7 +57,7 @@ class OwnGradient:
 
     def sample(self) -> None:
         """The next step is sampled."""
-        if not self._sampling:
+        if not (self._sampling or self._is_broken):
             self._sampling = [
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._measured, i))  # type: ignore[no-untyped-call]
                 for i, parameter in enumerate(self._parameters)
@@ -72,7 +76,8 @@ class OwnGradient:
             _take_off(self._sampling)
         own = Own(self._is_bad, norm)
         self._norms, self._is_bad = {}, None
-        self._look_at(_last_small(self._parameters, order))
+        if not self._is_broken:
+            self._look_at(_last_small(self._parameters, order))
         return own
 
     def remove(self) -> None:
@@ -90,12 +95,24 @@ class OwnGradient:
             self._looking.append(hook)
 
     def _looked(self, parameter: torch.Tensor) -> None:
-        is_bad = ~torch.isfinite(_values(parameter)).all()
-        self._is_bad = is_bad if self._is_bad is None else self._is_bad | is_bad
+        try:
+            is_bad = ~torch.isfinite(_values(parameter)).all()
+            self._is_bad = is_bad if self._is_bad is None else self._is_bad | is_bad
+        except Exception:
+            self._failed()
 
     def _measured(self, place: int, parameter: torch.Tensor) -> None:
-        (norm,) = tensor_norms([_values(parameter)])
-        self._norms[place] = norm.to(self._parameters[0].device, torch.float64)
+        try:
+            (norm,) = tensor_norms([_values(parameter)])
+            self._norms[place] = norm.to(self._parameters[0].device, torch.float64)
+        except Exception:
+            self._failed()
+
+    def _failed(self) -> None:
+        """In the middle of a backward pass, which goes on; nothing is looked at any more."""
+        self._on_error("measure")
+        self._is_broken = True
+        self.remove()
 
 
 def _values(parameter: torch.Tensor) -> Any:

@@ -109,7 +109,7 @@ class TorchWatch(Watch):
         # Where parameters are split their gradients are never those of one process.
         is_split = share is not None and share.is_split
         if not is_split and (share is not None or how in ("replay", "always")):
-            self._backend.own = OwnGradient(tensors)
+            self._backend.own = OwnGradient(tensors, self.pipeline.report)
         self.follows_its_policy = share is None  # ranks would take it over at different steps
         if self.plan.reason:
             say(logging.WARNING, "gradwatch %s", self.plan)

@@ -498,3 +498,15 @@ def test_a_checkpointed_pass_counts_once(how, attach):
         run.watch.log(loss=loss)
         run.optimizer.step()
     assert run.named == ("loss", None)
+
+
+def test_a_hook_in_backward_that_fails_is_counted_and_training_goes_on(attach, monkeypatch):
+    def broken(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("gradwatch.torch.own_gradient._values", broken)
+    run = Run(attach, "replay")
+    run.step(times=5)
+    errors = run.watch.pipeline.tally.snapshot().labelled["hook_errors_total"]
+    assert errors["measure",] == 1
+    assert run.watch.latest.step == 4

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import gradwatch
+import gradwatch.keras
 import gradwatch.lightning
 import gradwatch.transformers
 
@@ -31,8 +32,11 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
 def callbacks(scaler: object) -> list[gradwatch.Watch | None]:
     fitting = gradwatch.lightning.GradWatch("policy.yaml", run="typed", scaler=scaler)
     training = gradwatch.transformers.GradWatch({"version": 1}, port=None, recording=None)
+    with gradwatch.keras.GradWatch("policy.yaml", run="typed", linger=1.0) as compiled:
+        state = compiled.state_dict()
+        compiled.load_state_dict(state)
     watches: tuple[gradwatch.Watch, ...] = fitting.watches
-    return [fitting.watch, training.watch, *watches]
+    return [fitting.watch, training.watch, compiled.watch, *watches]
 
 
 def page(anomaly: gradwatch.Anomaly) -> None:
