@@ -14,8 +14,8 @@ import pytest
 
 from gradwatch.export.metrics import AGENT_METRICS
 from gradwatch.export.renderer import OPENMETRICS, TEXT, Renderer
+from gradwatch.follower import Follower
 from gradwatch.serve.agent import Agent
-from gradwatch.serve.follower import Follower
 
 NOT_COMPARED = {
     # Of the last transaction there and of the moment here.

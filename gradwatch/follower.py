@@ -46,11 +46,13 @@ class Follower:
         self,
         tail: Tail,
         *,
+        recent: bool = False,
         lives: Callable[[RunInfo], bool | None] = writer_lives,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
+            recent: count only what is judged too: for those who ask what is open now.
             lives: whether the process that writes is there; None where nobody knows.
 
         Raises:
@@ -69,6 +71,9 @@ class Follower:
         self.alive: bool | None = None
         """Whether its process was there at the last look; None where nobody knows."""
 
+        self.calm_since: int | None = None
+        """The first step in which no alert was open any more; None while one is, or none was."""
+
         self.unjudged = ""
         """Why `anomaly_active` is not known."""
 
@@ -81,6 +86,8 @@ class Follower:
         newest, alert = tail.landmarks()
         first = min(newest - JUDGED, alert - WARMED_UP if alert else newest)
         self._judged_from = max(first, newest - MOST_JUDGED)
+        if recent:
+            tail.skip_to(self._judged_from)
         self._policies: list[tuple[int, str]] = []
         self._handled: deque[Key] = deque(maxlen=REMEMBERED)
         self._early: dict[Key, tuple[Anomaly, ...]] = {}
@@ -178,6 +185,7 @@ class Follower:
         if self._detection is not None:
             active = self._detection.active()
             if active != self._active:
+                self.calm_since = None if active else record.step
                 self._active = active
                 self.tally.set_active(active)
 
