@@ -68,7 +68,7 @@ class Grid:
     @property
     def middle_C(self) -> Float64s:
         """Where to draw it: a column of one step is at that step."""
-        return self.steps_C + (self.width - 1) / 2
+        return self.steps_C + np.float64((self.width - 1) / 2)
 
     def widened(self, factor: int) -> Grid:
         """Columns of `factor` times the width."""

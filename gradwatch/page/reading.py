@@ -143,7 +143,7 @@ def _numbers(name: str, column: Sequence[Any]) -> Float64s:
     if name == "skipped":
         return np.array([value is not None for value in column], dtype=np.float64)
     values = np.array(column, dtype=np.float64)
-    for i in np.flatnonzero(~np.isfinite(values)):
+    for i in np.flatnonzero(~np.isfinite(values)).tolist():
         is_news = name in JUDGED and column[i] is not None
         values[i] = np.inf if is_news else np.nan
     return values

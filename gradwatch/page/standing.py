@@ -94,8 +94,8 @@ class Standing:
         self, anomalies: Sequence[Anomaly], cards: Sequence[Card], state: str
     ) -> Mapping[str, Sequence[str]] | None:
         """Alerts whose episode has not ended, as the detectors find it over the last records."""
-        alerted = any(one.level == "alert" for one in (*anomalies, *cards))
-        if not alerted and state != "crashed":
+        levels = {*(one.level for one in anomalies), *(card.level for card in cards)}
+        if "alert" not in levels and state != "crashed":
             return {}
         if self._follower is None:
             self._follower = Follower(Tail(self.path), recent=True)

@@ -27,6 +27,7 @@ FRESH_SECONDS = 0.5
 """Two who ask within that time see the same."""
 
 RECENT = 100
+MOST_WORST = 10
 MOST_COLUMNS = 480
 
 
@@ -43,8 +44,8 @@ class Seen:
     """Steps; `last` is -1 before the first one."""
 
     skipped: int
-    worst: Sequence[tuple[str, float, float]]
-    """Layers with their norm in the last step and what is usual for them, oddest first."""
+    worst: Sequence[tuple[int, float, float]]
+    """Places of layers, their norm in the last step and what is usual for them; oddest first."""
 
 
 class Watched:
@@ -155,7 +156,7 @@ class Watched:
         self._from_ring = rows_of(missing, self.info)
         self._take(self._from_ring)
 
-    def _worst(self) -> list[tuple[str, float, float]]:
+    def _worst(self) -> list[tuple[int, float, float]]:
         grid = self._overview.grid()
         recent = self._recent
         if grid is None or recent is None:
@@ -166,8 +167,7 @@ class Watched:
             odd_L = np.abs(np.log(norms_L / usual_L))
         odd_L = np.where(np.isnan(odd_L), -1, odd_L)
         order = np.argsort(-odd_L, kind="stable")
-        layers = self.info.layout.layers
-        return [(layers[i], float(norms_L[i]), float(usual_L[i])) for i in order[:10]]
+        return [(int(i), float(norms_L[i]), float(usual_L[i])) for i in order[:MOST_WORST]]
 
 
 def _newest(before: Rows | None, rows: Rows) -> Rows:

@@ -446,7 +446,7 @@ class TestCommand:
         served = serve(runs)
         base = served.url.removesuffix("/metrics")
         eventually(lambda: '"running": 1' in fetched(f"{base}/healthz"))
-        page = fetched(f"{base}/")
+        page = fetched(f"{base}/agent")
         assert "<td>one</td><td>0</td><td>running</td><td>2</td>" in page
 
     def test_the_text_form_is_what_a_browser_gets(self, serve, runs):
