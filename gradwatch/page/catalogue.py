@@ -139,7 +139,8 @@ class Catalogue:
         try:
             entry = Entry(name=name, stands=standing.look())
         except GradwatchError as error:
-            entry = Entry(name=name, stands=None, reason=str(error))
+            reason = str(error).removeprefix(f"{candidate.path}: ")
+            entry = Entry(name=name, stands=None, reason=reason)
         except Exception as error:  # one that is damaged takes none of the others with it
             entry = Entry(name=name, stands=None, reason=f"{type(error).__name__}: {error}")
         self._standing[name] = (candidate, standing, now, entry)

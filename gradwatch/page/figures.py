@@ -110,7 +110,7 @@ def heat_map(source: ColumnDataSource, heat: Heat, layers: Sequence[str], steps:
         if rows <= 28
         else BasicTicker(desired_num_ticks=20, min_interval=1, num_minor_ticks=0)
     )
-    plot.yaxis.major_label_overrides = {i: short(name) for i, name in enumerate(layers)}
+    plot.yaxis.major_label_overrides = {i: short(name, 19) for i, name in enumerate(layers)}
     plot.grid.visible = False
     bounds = {"departure": (-DEPARTURE, DEPARTURE), "absolute": (heat.low, heat.high)}
     titles = {"departure": "times usual", "absolute": "norm"}

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 HEIGHT, LOW_HEIGHT = 300, 200
-MARGINS = (110, 96)
+MARGINS = (140, 96)
 """Pixels at the left and at the right of every figure, so that steps stand above each other."""
 
 DASHES = ("dashed", "dotted", "dotdash", "dashdot")

@@ -103,13 +103,13 @@ def verdict(known: Known, now: float | None = None) -> Verdict:
         last = warnings[-1]
         return Verdict(
             health="healthy",
-            headline=f"Healthy up to step {known.step}, with {_count(len(warnings), 'warning')}; "
+            headline=f"Healthy up to step {known.step:,}, with {_count(len(warnings), 'warning')}; "
             f"the last: {last.kind}{_in(last.layer)} at step {last.step}",
             card=_card_at(known, last.step, last.kind),
         )
     return Verdict(
         health="healthy",
-        headline=f"Healthy: no alert in {known.step + 1} steps",
+        headline=f"Healthy: no alert up to step {known.step:,}",
         lines=[("to do", "nothing")],
     )
 

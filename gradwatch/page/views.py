@@ -103,7 +103,7 @@ def layer_page(name: str, watched: Watched, place: int, asked: Steps) -> dict[st
             ("module", ", ".join(sorted({p.module for p in tensors if p.module})) or "not known"),
         ],
         "links": [
-            (f"{'before' if i < place else 'behind'}: {short(info.layout.layers[i])}",
+            (f"{'previous' if i < place else 'next'}: {short(info.layout.layers[i])}",
              f"layer?{query({'r': name, 'layer': i})}")
             for i in shown if abs(i - place) == 1
         ],

@@ -25,7 +25,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters |= {"number": number, "short": shown, "when": when, "ago": ago, "share": share}
-    made.filters["query"] = query
+    made.filters |= {"query": query, "block": block}
     return made
 
 
@@ -45,6 +45,11 @@ def shown(text: str | None, most: int = 60) -> str:
     """A name from outside: surrogates, control characters and what turns text around replaced."""
     safe = (text or "").encode("utf-8", "replace").decode("utf-8")
     return short(safe, most)
+
+
+def block(text: str, most: int = 20_000) -> str:
+    """Lines from outside, as they are but for what would act on a page."""
+    return "\n".join(shown(line, 400) for line in text[:most].split("\n"))
 
 
 def when(seconds: float) -> str:

@@ -25,10 +25,9 @@
     const button = document.getElementById("scheme");
     if (button) button.textContent = scheme === "dark" ? "light" : "dark";
     for (const plot of plots()) paintPlot(plot, facts.themes[scheme]);
-    if (!drawn()) return;
-    for (const kind of ["departure", "absolute"]) {
-      const colours = model(`colours ${kind}`);
-      if (colours) colours.palette = facts.themes[scheme][kind];
+    for (const renderer of plots().flatMap((plot) => plot.renderers)) {
+      const colours = renderer.glyph.color_mapper;
+      if (colours) colours.palette = facts.themes[scheme][renderer.name.split(" ").pop()];
     }
   }
 
@@ -209,7 +208,9 @@
   function showHeat(kind) {
     for (const other of ["departure", "absolute"]) {
       const shown = other === kind;
-      for (const name of [`picture ${other}`, `bar ${other}`]) model(name).visible = shown;
+      for (const part of plots().flatMap((plot) => [...plot.renderers, ...plot.right])) {
+        if (/(picture|bar) \w+$/.test(part.name || "") && part.name.endsWith(other)) part.visible = shown;
+      }
       document.querySelector(`[data-heat=${other}]`)?.setAttribute("aria-pressed", String(shown));
     }
   }
