@@ -150,7 +150,7 @@ def heat_map(source: ColumnDataSource, heat: Heat, layers: Sequence[str], steps:
         "The gradient norm of each layer before clipping, the first layer on top. As a departure: "
         "how many times what is usual for that layer, so that an odd layer "
         "stands out of large ones; or as it is. Each column shows its largest step. Pink is not "
-        f"finite.{together} A click opens the layer.",
+        f"finite.{together}",
         plot,
     )
 
