@@ -52,6 +52,11 @@ def scale(*colours: str, count: int = 129) -> list[str]:
     ]
 
 
+def diverging(low: str, centre: str, high: str) -> list[str]:
+    """Two scales, so that the centre of what is shown has the colour of the centre."""
+    return [*scale(low, centre, count=65), *scale(centre, high, count=65)[1:]]
+
+
 def _hex(lab: Float64s) -> str:
     linear = np.clip(np.linalg.inv(TO_LMS) @ (np.linalg.inv(TO_LAB) @ lab) ** 3, 0, 1)
     rgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
@@ -61,12 +66,12 @@ def _hex(lab: Float64s) -> str:
 THEMES = {
     "light": {
         "background": "#ffffff", "text": "#1d2229", "quiet": "#5b626d", "grid": "#e4e7ec",
-        "departure": scale("#0b4f8a", "#f6f6f3", "#a33600"),
+        "departure": diverging("#0b4f8a", "#f6f6f3", "#a33600"),
         "absolute": scale("#f6f6f3", "#2f7fc1", "#0a1f3d"),
     },
     "dark": {
         "background": "#171a1f", "text": "#e7eaee", "quiet": "#a2a9b4", "grid": "#2e343d",
-        "departure": scale("#7cc4ff", "#22262c", "#ff9d4d"),
+        "departure": diverging("#7cc4ff", "#22262c", "#ff9d4d"),
         "absolute": scale("#22262c", "#2f7fc1", "#e2f1ff"),
     },
 }  # fmt: skip

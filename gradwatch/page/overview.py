@@ -6,6 +6,7 @@ With it goes the baseline of each layer, by which a picture tells an odd norm fr
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -132,10 +133,10 @@ class Baseline:
         logs = np.log10(np.where(usable, norms, np.float32(1)))
         shape = (len(index_C), norms.shape[1])
         sums, counts = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-        if len(chosen):
-            begin = np.flatnonzero(np.diff(columns, prepend=-1))
-            sums[columns[begin]] = np.add.reduceat(logs, begin, axis=0)
-            counts[columns[begin]] = np.add.reduceat(usable, begin, axis=0, dtype=np.float32)
+        begin = np.flatnonzero(np.diff(columns, prepend=-1))
+        for start, end in pairwise([*begin, len(chosen)]):
+            logs[start:end].sum(axis=0, out=sums[columns[start]])
+            usable[start:end].sum(axis=0, dtype=np.float32, out=counts[columns[start]])
         return sums, counts
 
     def _mean(self) -> Float64s:
