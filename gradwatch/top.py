@@ -40,6 +40,8 @@ CHART_HEIGHT = 4
 MARGIN = 10
 DOZE_SECONDS = 0.1
 LEAST_COLUMNS = 20
+MOST_LAYERS, MOST_FINDINGS = 10, 12
+WORD = 12
 
 
 def top_command(
@@ -90,12 +92,25 @@ def screen(watched: Watched, width: int, height: int) -> RenderableType:
         RecordingError: the recording cannot be read.
     """
     seen = watched.look()
-    parts: list[RenderableType] = [*_head(seen), Text(""), *_chart(watched, seen, width)]
-    left = height - len(parts) - 6
-    layers = max(3, min(10, left // 2))
-    parts += [Text(""), _layers(seen, width, layers)]
-    parts += [Text(""), *_findings(seen, max(3, left - layers))]
+    head, chart = _head(seen), _chart(watched, seen, width)
+    # A title, an empty line and a header each, and the line that the cursor needs.
+    left = height - sum(_rows(line, width) for line in head) - 6
+    parts: list[RenderableType] = [*head]
+    if left > len(chart):
+        parts += [Text(""), *chart]
+        left -= len(chart) + 1
+    layers = min(MOST_LAYERS, max(left - left // 2, 0))
+    if layers and seen.worst:
+        parts += [Text(""), _layers(seen, width, layers)]
+    findings = left - min(layers, len(seen.worst))
+    if findings > 0:
+        parts += [Text(""), *_findings(seen, min(findings, MOST_FINDINGS))]
     return Group(*parts)
+
+
+def _rows(line: Text, width: int) -> int:
+    """Lines that it takes, a long word at the end of one included."""
+    return max(1, -(-(line.cell_len + WORD) // width) if line.cell_len > width else 1)
 
 
 def _head(seen: Seen) -> list[Text]:

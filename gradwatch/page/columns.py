@@ -14,7 +14,16 @@ import numpy as np
 from gradwatch.page.grid import Grid
 from gradwatch.records import Anomaly, Float32s, Float64s
 
-__all__ = ["DEPARTURE", "MOST_ROWS", "Columns", "Heat", "heat_of", "run_columns", "short"]
+__all__ = [
+    "DEPARTURE",
+    "MOST_ROWS",
+    "Columns",
+    "Heat",
+    "heat_of",
+    "run_columns",
+    "short",
+    "told_of",
+]
 
 Columns = dict[str, Any]
 """Arrays or lists of one length, by column."""
@@ -151,6 +160,21 @@ def _marks(grid: Grid, anomalies: Sequence[Anomaly], norm_C: Float64s) -> dict[s
             "layer": [short(some[0].layer or "", 80) for some in places.values()],
         }
     return found
+
+
+def told_of(grid: Grid | None) -> list[str]:
+    """The figures that have something to show, of those that not every run has."""
+    if grid is None:
+        return []
+    numbers = grid.numbers
+    known = {
+        "loss": not np.isnan(numbers["loss"]).all(),
+        "settings": any(np.isfinite(numbers[k]).any() for k in ("learning_rate", "loss_scale")),
+        "noise": bool(
+            np.isfinite(numbers["noise_scale"]).any() or (numbers["micro_batches"] > 1).any()
+        ),
+    }
+    return [name for name, is_known in known.items() if is_known]
 
 
 def _nothing(rules: Sequence[str]) -> Grid:

@@ -46,23 +46,24 @@ def run_figures(
     layers: Sequence[str],
     rules: Sequence[str],
     steps: tuple[float, float],
+    told_of: Sequence[str] = ("loss", "settings", "noise"),
 ) -> list[Drawn]:
     """All of one run, over one range of steps that they share.
 
     Args:
         columns: of `run_columns`.
         steps: the first and the last one that are shown.
+        told_of: of the figures that not every run has, those that this one has.
     """
     shared = steps_range(*steps)
     sources = sources_of(columns)
-    return [
+    drawn = [
         norm_figure(sources, rules, shared),
         heat_map(sources["heat"], heat, layers, shared),
         clip_figure(sources, shared),
-        loss_figure(sources, shared),
-        settings_figure(sources, shared),
-        noise_figure(sources, shared),
     ]
+    others = {"loss": loss_figure, "settings": settings_figure, "noise": noise_figure}
+    return [*drawn, *(make(sources, shared) for name, make in others.items() if name in told_of)]
 
 
 def norm_figure(

@@ -137,7 +137,8 @@ def _figures(watched: Watched, seen: Seen, steps: tuple[int, int], rows: int) ->
     info = seen.stands.info
     columns = run_columns(grid, seen.stands.known.anomalies, info.rules, rows)
     heat = heat_of(grid, rows)
-    return run_figures(columns, heat, info.layout.layers, info.rules, (steps[0], steps[1] - 1))
+    layers, range_ = info.layout.layers, (steps[0], steps[1] - 1)
+    return run_figures(columns, heat, layers, info.rules, range_, seen.told_of)
 
 
 def _windows(seen: Seen) -> list[tuple[str, tuple[int, int]]]:

@@ -52,10 +52,21 @@ def run_page(name: str, watched: Watched, ranks: Mapping[int, str], asked: Steps
     if grid is not None:
         columns = run_columns(grid, stands.known.anomalies, stands.info.rules)
         layers = stands.info.layout.layers
-        drawn = run_figures(columns, heat_of(grid), layers, stands.info.rules, (start, stop - 1))
+        drawn = run_figures(
+            columns, heat_of(grid), layers, stands.info.rules, (start, stop - 1), seen.told_of
+        )
     return {
         **of_run(name, seen, ranks),
-        **_embedded(drawn, seen, name, asked, {"layers": _names(stands.info.layout.layers)}),
+        **_embedded(
+            drawn,
+            seen,
+            name,
+            asked,
+            {
+                "layers": _names(stands.info.layout.layers),
+                "told_of": list(seen.told_of),
+            },
+        ),
         "environment": environment_of(stands),
     }
 
@@ -72,7 +83,7 @@ def run_news(name: str, watched: Watched, asked: Steps, version: int) -> dict[st
     grid = watched.grid(start, stop)
     news: dict[str, Any] = {
         "version": seen.version, "first": seen.first, "last": seen.last,
-        "live": seen.stands.state == "running",
+        "live": seen.stands.state == "running", "told_of": list(seen.told_of),
     }  # fmt: skip
     if grid is not None:
         heat = heat_of(grid)
@@ -135,7 +146,8 @@ def card_page(name: str, watched: Watched, card: Card, asked: Steps) -> dict[str
     if grid is not None:
         columns = run_columns(grid, seen.stands.known.anomalies, info.rules)
         layers = info.layout.layers
-        drawn = run_figures(columns, heat_of(grid), layers, info.rules, (start, stop - 1))[:4]
+        told_of = [name for name in seen.told_of if name == "loss"]
+        drawn = run_figures(columns, heat_of(grid), layers, info.rules, (start, stop - 1), told_of)
     where = card.layer or (card.culprit.module if card.culprit else None)
     links = []
     if where in info.layout.layers:

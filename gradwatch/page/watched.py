@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gradwatch.page.columns import told_of
 from gradwatch.page.grid import Grid, columns_for, grid_of, joined, with_usual
 from gradwatch.page.overview import Overview
 from gradwatch.page.reading import Rows, reading, rows_after, rows_between, rows_of
@@ -44,6 +45,9 @@ class Seen:
     """Steps; `last` is -1 before the first one."""
 
     skipped: int
+    told_of: Sequence[str]
+    """The figures that have something to show, of those that not every run has."""
+
     worst: Sequence[tuple[int, float, float]]
     """Places of layers, their norm in the last step and what is usual for them; oddest first."""
 
@@ -123,13 +127,14 @@ class Watched:
         )  # fmt: skip
         self._version += signature != self._signature
         self._signature = signature
-        has_steps = self._overview.grid() is not None
+        whole = self._overview.grid()
         return Seen(
             version=self._version,
             stands=stands,
             first=self._overview.first,
-            last=self._overview.last if has_steps else -1,
+            last=self._overview.last if whole is not None else -1,
             skipped=self._skipped,
+            told_of=told_of(whole),
             worst=self._worst(),
         )
 

@@ -1,4 +1,4 @@
-"""Recordings without a framework, `gradwatch serve` as a process, and a browser that looks at it."""
+"""Recordings without a framework, `gradwatch serve` as a process, a browser that looks at it."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ class Run:
         for _ in range(count):
             self.pipeline.recorder.append(self._row((spikes or {}).get(self.count), **changed))
             self.count += 1
+            if self.count % 100 == 0:
+                self.pipeline.flush()  # the ring holds 256
         self.pipeline.flush()
 
     def _row(self, factor: float | None, **changed: object) -> Row:
@@ -125,6 +127,14 @@ def serve(runs: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture(scope="session")
+def samples_of() -> Callable[[str], list[str]]:
+    """The lines of an exposition that can be parsed."""
+    from prometheus_client.parser import text_string_to_metric_families as read
+
+    return lambda text: [sample.name for family in read(text) for sample in family.samples]
+
+
+@pytest.fixture(scope="session")
 def chromium():
     """A headless one of the system, for all tests of the session."""
     program = shutil.which("chromium")
@@ -162,6 +172,13 @@ class Looked:
         self.page.goto(url)
         self.page.wait_for_selector("html[data-drawn=yes]", timeout=30_000)
         return self.page
+
+    def until(self, expression: str, seconds: float = 15.0) -> None:
+        """Asks until it is true; the page's own rules let no test wait inside of it."""
+        deadline = time.monotonic() + seconds
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < deadline, f"not within {seconds} s: {expression}"
+            time.sleep(0.05)
 
     def elsewhere(self, url: str) -> list[str]:
         """What was asked for that is not of that server."""

@@ -144,7 +144,8 @@
   }
   function take(news) {
     version = news.version;
-    if (!range && news.last >= 0) return location.reload();
+    const isNew = (name) => facts.told_of && news.told_of && !facts.told_of.includes(name);
+    if ((!range && news.last >= 0) || (news.told_of || []).some(isNew)) return location.reload();
     const grown = whole && news.last > whole[1];
     facts.live = news.live;
     if (news.now) document.getElementById("now").innerHTML = news.now;
@@ -264,6 +265,7 @@
     paint(scheme);
     if (document.body.dataset.page === "list") return watchList();
     if (figures) {
+      Bokeh.set_log_level("error");  // it warns of a line that has nothing in this range
       await Bokeh.embed.embed_items(figures.docs, figures.items);
       range = model("steps");
       whole = [facts.first, Math.max(facts.last, facts.first + 1)];
