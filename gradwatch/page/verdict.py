@@ -147,10 +147,10 @@ def _over(known: Known, alerts: Sequence[tuple[int, str]]) -> Verdict:
         step, kind = earlier, other
     card = _card_at(known, step, kind)
     since = f" since step {known.calm_since}" if known.calm_since is not None else ""
-    last = "the last" if len(alerts) > 1 else "it was"
+    which = "; see " if len(alerts) > 1 else ": "
     return Verdict(
         health="over",
-        headline=f"Healthy again{since}, after {_count(len(alerts), 'alert')}; {last}: {kind}"
+        headline=f"Healthy again{since}, after {_count(len(alerts), 'alert')}{which}{kind}"
         f"{_in(card.layer if card else None)} at step {step}",
         lines=told(card) if card else (),
         card=card,
@@ -166,7 +166,7 @@ def _alerts(known: Known) -> list[tuple[int, str]]:
         for card in known.cards
         if card.level == "alert" and card.step > newest
     }
-    return sorted(found, key=lambda one: (one[0], -_urgency(one[1])))
+    return sorted(found, key=lambda one: (one[0], _urgency(one[1])))
 
 
 def _card_at(known: Known, step: int, kind: str) -> Card | None:

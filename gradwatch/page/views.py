@@ -219,15 +219,17 @@ def within(seen: Seen, asked: Steps) -> tuple[int, int]:
 def run_tables(name: str, seen: Seen, ranks: Mapping[int, str]) -> dict[str, Any]:
     known = seen.stands.known
     cards = {(card.step, card.kind) for card in known.cards}
-    last = [one for one in known.anomalies if one.level != "event"][-MOST_FINDINGS:]
-    last = last or list(known.anomalies)[-MOST_FINDINGS:]
+    findings = [one for one in known.anomalies if one.level != "event"]
     return {
         "name": name,
         "seen": seen,
         "stands": seen.stands,
         "ranks": ranks,
-        "findings": [(one, (one.step, one.kind) in cards) for one in reversed(last)],
-        "more_findings": len(known.anomalies) - len(last),
+        "findings": [
+            (one, (one.step, one.kind) in cards) for one in reversed(findings[-MOST_FINDINGS:])
+        ],
+        "older": max(0, len(findings) - MOST_FINDINGS),
+        "events": len(known.anomalies) - len(findings),
     }
 
 

@@ -49,7 +49,7 @@ def test_a_spike_of_one_step_is_in_the_chart_of_a_long_run(record):
     assert top.count("█") + top.count("▇") == 1
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 20), (200, 60), (40, 10)])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 20), (200, 60)])
 def test_it_fits_into_the_terminal(exploding, width, height):
     lines = lines_of(exploding, width, height)
     assert max(map(len, lines)) <= width

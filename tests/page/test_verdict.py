@@ -64,7 +64,7 @@ def test_an_alert_that_is_over_is_said_to_be_over_with_what_began_it():
     )  # fmt: skip
     assert found.health == "over"
     assert found.headline == (
-        "Healthy again since step 320, after 2 alerts; the last: exploding in block.1 at step 300"
+        "Healthy again since step 320, after 2 alerts; see exploding in block.1 at step 300"
     )
 
 
