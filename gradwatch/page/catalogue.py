@@ -5,6 +5,7 @@ Nothing is opened but what `find` has found: a name from outside is looked up, n
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -16,6 +17,8 @@ from gradwatch.errors import GradwatchError
 from gradwatch.page.standing import Standing, Stands
 from gradwatch.page.watched import Watched
 from gradwatch.recording.finding import Candidate, Refusal, find
+from gradwatch.recording.reader import Recording
+from gradwatch.records import RunInfo
 
 __all__ = ["Catalogue", "Entry"]
 
@@ -24,6 +27,10 @@ MOST_WATCHED = 6
 
 MOST_LISTED = 200
 SCAN_SECONDS = 1.0
+BEGIN_SECONDS = 600.0
+"""Between the first rank of a run and the last one to begin."""
+
+NAMED = re.compile(r"(.*)-\d{8}-\d{6}-rank\d+(?:-\d+)?\.sqlite")
 AGAIN_SECONDS = 5.0
 """A live run that writes nothing may have died meanwhile."""
 
@@ -50,6 +57,7 @@ class Catalogue:
         self._scanned = float("-inf")
         self._found: dict[str, Candidate | Refusal] = {}
         self._standing: dict[str, tuple[Candidate, Standing, float, Entry]] = {}
+        self._infos: dict[str, tuple[tuple[int, int], RunInfo]] = {}
         self._watched: OrderedDict[str, tuple[Candidate, Watched]] = OrderedDict()
 
     def entries(self) -> tuple[list[Entry], int]:
@@ -99,23 +107,36 @@ class Catalogue:
         return opened
 
     def ranks(self, name: str) -> dict[int, str]:
-        """The recordings of the same run, by rank: those that lie beside it and began with it."""
-        entries, _ = self.entries()
-        mine = next((one.stands for one in entries if one.name == name), None)
-        if mine is None:
+        """The recordings of the same run, by rank: those that are named like it and began with it.
+
+        Raises:
+            RecordingError: it cannot be read.
+        """
+        found = self._scan()
+        mine = found.get(name)
+        if not isinstance(mine, Candidate):
             return {}
-        found: dict[int, str] = {}
-        for one in entries:
-            other = one.stands
-            if (
-                other is not None
-                and other.info.run == mine.info.run
-                and abs(other.info.started - mine.info.started) < BEGIN_SECONDS
-                and (one.name == name or other.info.rank != mine.info.rank)
-            ):
-                found.setdefault(other.info.rank, one.name)
-        found[mine.info.rank] = name
-        return dict(sorted(found.items()))
+        info, stem = self._info(name, mine), _stem(name)
+        ranks: dict[int, str] = {}
+        for other, candidate in found.items():
+            if not isinstance(candidate, Candidate) or _stem(other) != stem or other == name:
+                continue
+            try:
+                one = self._info(other, candidate)
+            except GradwatchError:
+                continue
+            began_with_it = abs(one.started - info.started) < BEGIN_SECONDS
+            if one.run == info.run and one.rank != info.rank and began_with_it:
+                ranks.setdefault(one.rank, other)
+        ranks[info.rank] = name
+        return dict(sorted(ranks.items()))
+
+    def _info(self, name: str, candidate: Candidate) -> RunInfo:
+        known = self._infos.get(name)
+        if known is None or known[0] != candidate.identity:
+            with Recording(candidate.path) as recording:
+                known = self._infos[name] = (candidate.identity, recording.info)
+        return known[1]
 
     def _scan(self) -> dict[str, Candidate | Refusal]:
         with self._lock:
@@ -124,6 +145,7 @@ class Catalogue:
                     str(one.path.relative_to(self.directory)): one for one in find(self.directory)
                 }
                 self._scanned = self._clock()
+                self._infos = {k: v for k, v in self._infos.items() if k in self._found}
             return self._found
 
     def _entry(self, name: str, candidate: Candidate) -> Entry:
@@ -147,7 +169,10 @@ class Catalogue:
         return entry
 
 
-BEGIN_SECONDS = 600.0
+def _stem(name: str) -> str:
+    """What the recordings of all ranks of a run have in common in their names."""
+    found = NAMED.fullmatch(name)
+    return found[1] if found else name
 
 
 def _order(entry: Entry) -> tuple[bool, float, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import subprocess
+import sys
 from urllib.parse import urlsplit
 
 import pytest
@@ -73,6 +75,30 @@ def test_no_page_may_run_foreign_scripts_or_be_framed(record, pages):
         assert "default-src 'none'" in policy
         assert "script-src 'self';" in policy
         assert "frame-ancestors 'none'" in policy
+
+
+def test_ranks_of_one_run_lead_to_each_other_and_other_runs_do_not(record, pages):
+    one, two = (record("one", rank=rank) for rank in (0, 1))
+    other = record("other", rank=2)
+    for run in (one, two, other):
+        run.steps(5)
+    text = get(pages, "/run", f"r={one.path.name}").body.decode()
+    ranks = text[text.index("Ranks of this run") :]
+    assert f"run?r={two.path.name}" in ranks
+    assert other.path.name not in ranks
+    assert "Ranks of this run" not in get(pages, "/run", f"r={other.path.name}").body.decode()
+
+
+def test_without_bokeh_there_are_metrics_and_a_word_about_it(runs):
+    code = (
+        "import sys; sys.modules['bokeh'] = None\n"
+        "from gradwatch.serve.front import pages_of\n"
+        "print(pages_of(sys.argv[1], print))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "None"
 
 
 class TestToken:
