@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bokeh.models import (
-    BasicTicker,
     ColumnDataSource,
     FixedTicker,
     LinearColorMapper,
@@ -37,6 +36,7 @@ from gradwatch.page.plots import (
 __all__ = ["heat_map", "run_figures"]
 
 MARKERS = {"alert": "triangle", "warning": "diamond", "event": "circle"}
+MOST_LABELS, LABEL_LENGTH = 28, 19
 MARK_SIZES = {"alert": 13, "warning": 10, "event": 6}
 
 
@@ -106,12 +106,12 @@ def heat_map(source: ColumnDataSource, heat: Heat, layers: Sequence[str], steps:
     height = min(max(140 + 16 * rows, 220), 560)
     plot = plot_of("layers", steps, "", log=False, height=height)
     plot.y_range = Range1d(start=rows - 0.5, end=-0.5, bounds=(-0.5, rows - 0.5), name="layer rows")
-    plot.yaxis.ticker = (
-        FixedTicker(ticks=list(range(rows)))
-        if rows <= 28
-        else BasicTicker(desired_num_ticks=20, min_interval=1, num_minor_ticks=0)
-    )
-    plot.yaxis.major_label_overrides = {i: short(name, 19) for i, name in enumerate(layers)}
+    # Only what is labelled: Bokeh takes a millisecond for each label.
+    labelled = range(0, rows, -(-rows // MOST_LABELS))
+    plot.yaxis.ticker = FixedTicker(ticks=list(labelled))
+    plot.yaxis.major_label_overrides = {
+        i: short(layers[i], LABEL_LENGTH) for i in labelled if i < len(layers)
+    }
     plot.grid.visible = False
     bounds = {"departure": (-DEPARTURE, DEPARTURE), "absolute": (heat.low, heat.high)}
     titles = {"departure": "times usual", "absolute": "norm"}

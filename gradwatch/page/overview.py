@@ -49,6 +49,11 @@ class Overview:
     def width(self) -> int:
         return self._width
 
+    def expect(self, first: int, last: int) -> None:
+        """Says before the first rows which steps will come, which saves making columns wider."""
+        if not self._grids:
+            self._widen(columns_for(last - first + 1, self._most, self._width))
+
     def add(self, rows: Rows) -> None:
         if not len(rows.steps_N):
             return

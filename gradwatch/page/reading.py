@@ -21,7 +21,16 @@ from gradwatch.errors import RecordingError
 from gradwatch.recording.reader import connected, known_columns
 from gradwatch.records import Float32s, Float64s, Layout, RunInfo, StepRecord
 
-__all__ = ["NUMBERS", "Rows", "layer_norms", "reading", "rows_after", "rows_between", "rows_of"]
+__all__ = [
+    "NUMBERS",
+    "Rows",
+    "layer_norms",
+    "reading",
+    "rows_after",
+    "rows_between",
+    "rows_of",
+    "steps_in",
+]
 
 JUDGED = ("total_norm", "total_norm_clipped", "loss")
 """Where inf and NaN are news, not a value that is not known."""
@@ -171,4 +180,13 @@ def layer_norms(layout: Layout, tensors_NP: Float32s) -> Float32s:
             first = np.flatnonzero(np.diff(layout.layer_of_P[order], prepend=-1))
             squares = np.square(tensors_NP[:, order], dtype=np.float64)
             norms_NL = np.sqrt(np.add.reduceat(squares, first, axis=1)).astype(np.float32)
-    return np.where(np.isfinite(norms_NL), norms_NL, np.float32(np.inf))
+    finite_NL = np.isfinite(norms_NL)
+    return norms_NL if finite_NL.all() else np.where(finite_NL, norms_NL, np.float32(np.inf))
+
+
+def steps_in(connection: sqlite3.Connection) -> tuple[int, int] | None:
+    """The least and the largest step; None where there is none."""
+    if not _has_steps(connection):
+        return None
+    low, high = connection.execute("SELECT min(step), max(step) FROM steps").fetchone()
+    return None if low is None else (int(low), int(high))

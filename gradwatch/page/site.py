@@ -62,6 +62,8 @@ class Pages:
         """
         self._catalogue = Catalogue(directory)
         self._templates = environment()
+        for name in self._templates.list_templates():
+            self._templates.get_template(name)  # compiled now, not while somebody waits
         self._on_error = on_error
         self._pages: dict[str, Callable[[Query], Response]] = {
             "/": self._list,

@@ -6,12 +6,16 @@ run, layer, card, comparison, ranks  ->  what their template shows, and their fi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+from markupsafe import Markup
+
 from gradwatch.page.colours import THEMES
-from gradwatch.page.columns import Columns, by_rank, heat_of, run_columns, short
+from gradwatch.page.columns import MOST_ROWS, Columns, Heat, by_rank, heat_of, run_columns, short
 from gradwatch.page.embedding import columns_json, figures_json, for_script
 from gradwatch.page.figures import run_figures
+from gradwatch.page.grid import Grid
 from gradwatch.page.layer import layer_columns, neighbours_of
 from gradwatch.page.more_figures import compared, layer_figures, rank_figure
 from gradwatch.page.plots import Drawn
@@ -46,27 +50,10 @@ AROUND = 200
 def run_page(name: str, watched: Watched, ranks: Mapping[int, str], asked: Steps) -> dict[str, Any]:
     seen = watched.look()
     stands = seen.stands
-    start, stop = within(seen, asked)
-    grid = watched.grid(start, stop)
-    drawn: list[Drawn] = []
-    if grid is not None:
-        columns = run_columns(grid, stands.known.anomalies, stands.info.rules)
-        layers = stands.info.layout.layers
-        drawn = run_figures(
-            columns, heat_of(grid), layers, stands.info.rules, (start, stop - 1), seen.told_of
-        )
+    more = {"layers": _names(stands.info.layout.layers), "told_of": list(seen.told_of)}
     return {
         **of_run(name, seen, ranks),
-        **_embedded(
-            drawn,
-            seen,
-            name,
-            asked,
-            {
-                "layers": _names(stands.info.layout.layers),
-                "told_of": list(seen.told_of),
-            },
-        ),
+        **_filled(watched, seen, name, asked, seen.told_of, more),
         "environment": environment_of(stands),
     }
 
@@ -86,10 +73,7 @@ def run_news(name: str, watched: Watched, asked: Steps, version: int) -> dict[st
         "live": seen.stands.state == "running", "told_of": list(seen.told_of),
     }  # fmt: skip
     if grid is not None:
-        heat = heat_of(grid)
-        columns = run_columns(grid, seen.stands.known.anomalies, seen.stands.info.rules)
-        news["columns"] = columns_json({**columns, "heat": heat.columns})
-        news["absolute"] = [heat.low, heat.high]
+        news |= _shown(grid, seen)
     return news
 
 
@@ -141,13 +125,7 @@ def card_page(name: str, watched: Watched, card: Card, asked: Steps) -> dict[str
         asked = max(card.step - AROUND, seen.first), card.step + AROUND
     start, stop = within(seen, asked)
     info = seen.stands.info
-    grid = watched.grid(start, stop)
-    drawn: list[Drawn] = []
-    if grid is not None:
-        columns = run_columns(grid, seen.stands.known.anomalies, info.rules)
-        layers = info.layout.layers
-        told_of = [name for name in seen.told_of if name == "loss"]
-        drawn = run_figures(columns, heat_of(grid), layers, info.rules, (start, stop - 1), told_of)
+    told_of = [name for name in seen.told_of if name == "loss"]
     where = card.layer or (card.culprit.module if card.culprit else None)
     links = []
     if where in info.layout.layers:
@@ -158,7 +136,7 @@ def card_page(name: str, watched: Watched, card: Card, asked: Steps) -> dict[str
         )
     in_ = f" in {printable(card.layer)}" if card.layer else ""
     return {
-        **_embedded(drawn, seen, name, asked, {"layers": _names(info.layout.layers)}),
+        **_filled(watched, seen, name, asked, told_of, {"layers": _names(info.layout.layers)}),
         "heading": f"Step {card.step}: {card.level} {card.kind}{in_}",
         "way": [(info.run, f"run?{query({'r': name})}")],
         "lines": told(card),
@@ -254,6 +232,41 @@ def of_run(name: str, seen: Seen, ranks: Mapping[int, str]) -> dict[str, Any]:
 
 def card_link(name: str, card: Card) -> str:
     return f"card?{query({'r': name, 'step': card.step, 'kind': card.kind})}"
+
+
+@lru_cache(maxsize=16)
+def _figures_of(
+    layers: tuple[str, ...], rules: tuple[str, ...], told_of: tuple[str, ...]
+) -> tuple[Sequence[Drawn], Markup]:
+    """The figures of a run without its steps, which the page fills in: Bokeh takes most of the time
+    of a page to make them."""
+    columns = run_columns(None, (), rules)
+    heat = Heat(columns["heat"], -1.0, 0.0, -(-len(layers) // MOST_ROWS))
+    drawn = run_figures(columns, heat, layers, rules, (0, 1), told_of)
+    return drawn, for_script(figures_json(drawn))
+
+
+def _filled(
+    watched: Watched, seen: Seen, name: str, asked: Steps, told_of: Sequence[str],
+    more: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The figures of a run, and what they show of the steps that were asked for."""
+    start, stop = within(seen, asked)
+    grid, info = watched.grid(start, stop), seen.stands.info
+    if grid is None:
+        return _embedded([], seen, name, asked, more)
+    drawn, bokeh = _figures_of(info.layout.layers, info.rules, tuple(told_of))
+    filled = {**_shown(grid, seen), "steps": [start, max(stop - 1, start + 1)]}
+    found = _embedded([], seen, name, asked, {**more, "filled": filled})
+    return {**found, "drawn": drawn, "bokeh": bokeh}
+
+
+def _shown(grid: Grid, seen: Seen) -> dict[str, Any]:
+    """What the figures of a run are filled with."""
+    heat = heat_of(grid)
+    columns = run_columns(grid, seen.stands.known.anomalies, seen.stands.info.rules)
+    encoded = columns_json({**columns, "heat": heat.columns})
+    return {"columns": encoded, "absolute": [heat.low, heat.high]}
 
 
 def _embedded(

@@ -16,7 +16,7 @@ import numpy as np
 from gradwatch.page.columns import told_of
 from gradwatch.page.grid import Grid, columns_for, grid_of, joined, with_usual
 from gradwatch.page.overview import Overview
-from gradwatch.page.reading import Rows, reading, rows_after, rows_between, rows_of
+from gradwatch.page.reading import Rows, reading, rows_after, rows_between, rows_of, steps_in
 from gradwatch.page.standing import Standing, Stands
 from gradwatch.recording.reader import Recording
 from gradwatch.recording.tail import Tail
@@ -140,6 +140,8 @@ class Watched:
 
     def _read(self) -> None:
         with reading(self.path) as connection:
+            if self._row == 0 and (there := steps_in(connection)) is not None:
+                self._overview.expect(*there)
             while True:
                 rows = rows_after(connection, self.info, self._row, CHUNK)
                 if not len(rows.steps_N):

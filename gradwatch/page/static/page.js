@@ -261,11 +261,22 @@
     setTimeout(look, 1000);
   }
 
+  // Figures come without their steps, which are put into their description before it is drawn.
+  function fill(part) {
+    if (part === null || typeof part !== "object") return;
+    const attributes = part.attributes, { columns, absolute, steps } = facts.filled;
+    if (attributes && part.name === "ColumnDataSource" && columns[attributes.name]) attributes.data = columns[attributes.name];
+    else if (attributes && attributes.name === "steps") [attributes.start, attributes.end] = steps;
+    else if (attributes && attributes.name === "colours absolute") [attributes.low, attributes.high] = [absolute[0] - 1e-3, absolute[1]];
+    for (const inner of Object.values(part)) fill(inner);
+  }
+
   async function begin() {
     paint(scheme);
     if (document.body.dataset.page === "list") return watchList();
     if (figures) {
       Bokeh.set_log_level("error");  // it warns of a line that has nothing in this range
+      if (facts.filled) fill(figures.docs);
       await Bokeh.embed.embed_items(figures.docs, figures.items);
       range = model("steps");
       whole = [facts.first, Math.max(facts.last, facts.first + 1)];
