@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from gradwatch.errors import PolicyError, RecordingError
 from gradwatch.policy import load_policy, parse_policy
@@ -22,7 +23,7 @@ from gradwatch.records import Anomaly, RunInfo, StepRecord
 from gradwatch.rules.detection import KINDS, Detection
 from gradwatch.tally import STATES, Tally
 
-__all__ = ["Follower"]
+__all__ = ["Follower", "checked"]
 
 OPEN_SECONDS = 1.0
 """After which a run's own consumer looks at a record that the next step has not closed."""
@@ -58,7 +59,7 @@ class Follower:
         Raises:
             RecordingError: the recording cannot be read.
         """
-        self.info = _checked(tail)
+        self.info = checked(tail.path, tail.info)
         self.tally = Tally(self.info, kinds=KINDS)
         self.tally.set_status(None)
         self.caught_up = False
@@ -224,15 +225,14 @@ def _key(record: StepRecord) -> Key:
     return record.step, record.time
 
 
-def _checked(tail: Tail) -> RunInfo:
+def checked(path: Path, info: RunInfo) -> RunInfo:
     """
     Raises:
-        RecordingError: what becomes a label is of no use as one.
+        RecordingError: what is shown of every run is not what it should be.
     """
-    info = tail.info
     words: tuple[object, ...] = (
         info.run, info.mode, info.policy, info.policy_sha256, info.framework, info.model,
-        info.version, info.process_table,
+        info.version, info.host, info.device, info.process_table,
     )  # fmt: skip
     if (
         all(isinstance(word, str) for word in words)
@@ -240,4 +240,4 @@ def _checked(tail: Tail) -> RunInfo:
         and isinstance(info.started, (int, float))
     ):
         return info
-    raise RecordingError(f"{tail.path}: the description of the run is damaged")
+    raise RecordingError(f"{path}: the description of the run is damaged")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradwatch.follower import Follower
+from gradwatch.follower import Follower, checked
 from gradwatch.page.verdict import Known, Verdict, verdict
 from gradwatch.recording.cards import Card
 from gradwatch.recording.reader import Recording
@@ -63,7 +63,7 @@ class Standing:
             RecordingError: it is not a recording, or cannot be read.
         """
         with Recording(self.path) as recording:
-            info, state = recording.info, recording.state
+            info, state = checked(self.path, recording.info), recording.state
             anomalies, cards = recording.anomalies(), recording.cards()
             recent, policies = recording.last(RECENT), recording.policies()
         if state == "running" and writer_lives(info) is False:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gradwatch.follower import checked
 from gradwatch.page.columns import told_of
 from gradwatch.page.grid import Grid, columns_for, grid_of, joined, with_usual
 from gradwatch.page.overview import Overview
@@ -62,7 +63,7 @@ class Watched:
         """
         self.path = path
         with Recording(path) as recording:
-            self.info = recording.info
+            self.info = checked(path, recording.info)
         self._lock = threading.RLock()
         self._overview = Overview(len(self.info.layout.layers))
         self._standing = Standing(path)

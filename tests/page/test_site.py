@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from urllib.parse import urlsplit
 
 import pytest
@@ -156,6 +158,37 @@ class TestPaths:
         answer = get(pages, path, f"r={run.path.name}&{query}" if path != "/compare" else query)
         assert answer.status in (status, 204 if path == "/news" else status)
         assert pages.errors == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE meta SET value = json_set(value, '$.started', 'never') WHERE key = 'info'",
+        "UPDATE meta SET value = json_set(value, '$.rank', json('[1]')) WHERE key = 'info'",
+        "UPDATE meta SET value = 'no json' WHERE key = 'info'",
+        "UPDATE steps SET norms = x'00'",
+        "UPDATE steps SET scalars = 'no json'",
+        "UPDATE steps SET step = 'x'",
+        "UPDATE steps SET total_norm = 'x'",
+        "INSERT INTO cards (step, kind, card) VALUES (1, 'nonfinite', '[]')",
+        "DROP TABLE anomalies",
+        "DROP TABLE steps",
+    ],
+)
+def test_a_damaged_recording_is_refused_and_the_others_are_listed(damage, record, pages):
+    broken, whole = record("broken"), record("whole")
+    for run in (broken, whole):
+        run.steps(10)
+        run.pipeline.close("finished")
+    with closing(sqlite3.connect(broken.path, isolation_level=None)) as connection:
+        connection.execute(damage)
+    answer = get(pages, "/run", f"r={broken.path.name}")
+    assert answer.status == 422
+    assert b"cannot be read" in answer.body
+    assert get(pages, "/").status == 200
+    assert b">whole</a>" in get(pages, "/").body
+    assert get(pages, "/run", f"r={whole.path.name}").status == 200
+    assert pages.errors == []
 
 
 class TestNews:
