@@ -25,7 +25,7 @@ from gradwatch.page import views
 from gradwatch.page.catalogue import Catalogue
 from gradwatch.page.embedding import bokeh_script
 from gradwatch.page.watched import Watched
-from gradwatch.page.words import environment
+from gradwatch.page.words import environment, query
 
 __all__ = ["Pages"]
 
@@ -43,6 +43,9 @@ HEADERS = {
 }
 FOR_EVER = {"Cache-Control": "private, max-age=31536000, immutable"}
 STATIC = {"page.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8"}
+LONG_BYTES = 16 * 10**6
+"""Of a recording that is said to be read, not waited for in front of an empty page."""
+
 FEWEST_COMPARED, MOST_COMPARED = 2, 6
 
 Query = Mapping[str, list[str]]
@@ -111,6 +114,11 @@ class Pages:
 
     def _run(self, asked: Query) -> Response:
         name, watched = self._named(asked)
+        unread = watched.unread_bytes
+        if unread > LONG_BYTES and "whole" not in asked:
+            values = {key: some[0] for key, some in asked.items()}
+            later = f"run?{query({**values, 'whole': 1})}"
+            return self._html("reading.html", later=later, size=unread // 10**6)
         ranks = self._catalogue.ranks(name)
         return self._html("run.html", **views.run_page(name, watched, ranks, _steps(asked)))
 

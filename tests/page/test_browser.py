@@ -9,7 +9,11 @@ import subprocess
 import sys
 import urllib.request
 
+import numpy as np
 import pytest
+
+from gradwatch.recording.store import Store
+from gradwatch.records import Layout, Parameter, RunInfo, StepRecord
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -200,6 +204,35 @@ def test_a_recording_without_steps_shows_the_first_one_when_it_is_there(record, 
     assert "No step yet" in page.inner_text("main")
     run.steps(5)
     page.wait_for_selector(".plot canvas", timeout=15_000)
+    assert looked.errors == []
+
+
+def test_a_long_recording_says_that_it_is_read_and_then_shows_itself(serve, look, runs):
+    layout = Layout.of([Parameter(name=f"b.{i}.weight") for i in range(1000)])
+    ones, present = np.ones(1000, dtype=np.float32), np.ones(1000, dtype=np.bool_)
+    store = Store(runs / "long.sqlite", RunInfo(run="long", layout=layout, started=1.0))
+    store.add(
+        [
+            StepRecord(
+                step=step, time=float(step), layout=layout, total_norm=1.0, total_norm_clipped=1.0,
+                tensor_norms_P=ones * (500 if step == 2345 else 1), tensor_coefs_P=ones,
+                present_P=present,
+            )
+            for step in range(4500)
+        ]
+    )  # fmt: skip
+    store.note_state("finished")
+    store.close()
+    server, looked = serve(), look()
+    page = looked.page
+    answer = page.goto(f"{server.url}run?r=long.sqlite&from=2000&to=3000")
+    assert " MB of steps for the first time" in answer.text()
+    page.wait_for_selector("html[data-drawn=yes]", timeout=30_000)
+    assert "Healthy" in page.inner_text("h1")
+    assert shown_range(page) == [2000, 3000]
+    assert page.locator(".plot canvas").count() > 2
+    page.keyboard.press("0")
+    assert shown_range(page) == [0, 4499]
     assert looked.errors == []
 
 

@@ -7,9 +7,8 @@
     const element = document.getElementById(id);
     return element ? JSON.parse(element.textContent) : null;
   };
-  const facts = read("facts-of-page");
-  const figures = read("bokeh");
-  const live = document.body.dataset.page === "run" || document.body.dataset.page === "figures";
+  let facts = read("facts-of-page"), figures = read("bokeh");
+  const live = () => ["run", "figures"].includes(document.body.dataset.page);
   const LOOK_MS = 1000, DOZE_MS = 10000, SETTLE_MS = 150;
 
   // Light or dark: as was chosen here last, else as the machine has it.
@@ -115,7 +114,7 @@
 
   // What is new, of the range that is shown.
   function ask(everything) {
-    if (!live || !facts.name || location.protocol === "file:") return;
+    if (!live() || !facts.name || location.protocol === "file:") return;
     clearTimeout(timer);
     const number = ++asked, query = asQuery();
     query.set("r", facts.name);
@@ -138,7 +137,7 @@
   function tell(text, lost = false) {
     const status = document.getElementById("link");
     if (!status) return;
-    const said = text || (facts.live ? "live" : "");
+    const said = text || (facts?.live ? "live" : "");
     if (status.textContent !== said) status.textContent = said;
     status.classList.toggle("lost", lost);
   }
@@ -271,7 +270,31 @@
     for (const inner of Object.values(part)) fill(inner);
   }
 
+  // A long recording that was not read yet: its page comes once it is, while Bokeh gets ready here.
+  async function arrive(main) {
+    while (main.dataset.later) {
+      try {
+        const answer = await fetch(main.dataset.later, { cache: "no-store" });
+        const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+        main.replaceChildren(...page.getElementById("main").childNodes);
+        document.querySelector("nav").replaceChildren(...page.querySelector("nav").childNodes);
+        document.title = page.title;
+        document.body.dataset.page = page.body.dataset.page;
+        delete main.dataset.later;
+        tell("");
+      } catch {
+        tell("no answer from gradwatch serve; trying again", true);
+        await new Promise((done) => setTimeout(done, LOOK_MS));
+      }
+    }
+    facts = read("facts-of-page");
+    figures = read("bokeh");
+    if (facts) version = facts.version;
+  }
+
   async function begin() {
+    const main = document.getElementById("main");
+    if (main.dataset.later) { paint(scheme); await arrive(main); }
     paint(scheme);
     if (document.body.dataset.page === "list") return watchList();
     if (figures) {
@@ -288,7 +311,7 @@
       tellRange();
     }
     document.documentElement.dataset.drawn = "yes";
-    if (live) { tell(""); later(); }
+    if (live()) { tell(""); later(); }
   }
   begin();
 })();
