@@ -65,8 +65,7 @@ def report_command(
 ) -> None:
     """Says what went wrong in a run: which layer, since when, what was done, what to do.
 
-    On the terminal; with -o as a file to keep or to send, which html and png need
-    gradwatch[page] for.
+    On the terminal; with -o as a file to keep or to send, which needs the extra "page".
     """
     wanted = format or _by_name(output)
     if wanted is Format.text:

@@ -65,9 +65,10 @@ def serve_command(
 ) -> None:
     """Serves a live page and one /metrics for the recordings of all runs in a directory.
 
-    The page shows every recording there, live or ended; it needs gradwatch[page]. The metrics are
-    for Prometheus to scrape one target per machine. Runs may begin, end and die meanwhile: it reads
-    what they record and has no part in them.
+    The page shows every recording there, live or ended; it needs the extra "page".
+
+    The metrics are for Prometheus to scrape one target per machine. Runs may begin, end and die
+    meanwhile: it reads what they record and has no part in them.
     """
     seconds = _seconds(keep)
     if token and not re.fullmatch(TOKEN, token):
