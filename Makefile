@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench programs clean
+.PHONY: demo test lint bench gpu programs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/gradwatch demo $(ARGS)
@@ -19,6 +19,11 @@ lint: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/hook_overhead.py
+
+# What needs a CUDA device; without one each test says so and is skipped.
+gpu: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python benchmarks/hook_overhead.py --device cuda
 
 # A machine with an NVIDIA GPU: TORCH_INDEX names the index of the CUDA build that you want.
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \

@@ -1,11 +1,12 @@
 """What gradwatch costs beside the clip call that it replaces, as ratios from one run.
 
-    python benchmarks/hook_overhead.py [--rounds 15] [--threads 2]
+    python benchmarks/hook_overhead.py [--rounds 15] [--threads 2] [--device cuda]
 
 Each round times `torch.nn.utils.clip_grad_norm_(foreach=True)` and the whole of gradwatch's hook
 (measuring, deciding, clipping, recording to disk, with export and detection on) one after the
 other on the same gradients, so that both see the same machine. Printed are medians over rounds and
-the median of the ratios of each round.
+the median of the ratios of each round. With `--device cuda` each call is timed until the device is
+done; what the host itself takes is less.
 
 Prediction, from memory traffic alone. With n bytes of gradients `clip_grad_norm_` reads n to
 measure and always reads and writes n again to multiply: 3 n. gradwatch reads n when nothing is
@@ -31,7 +32,7 @@ import gradwatch
 from gradwatch.policy import KINDS
 
 
-def gpt2_small() -> torch.nn.Module:
+def gpt2_small(device: str) -> torch.nn.Module:
     """The parameter shapes of GPT-2 small: 148 tensors, 124 million elements."""
     model = torch.nn.Module()
     wide = 768
@@ -52,19 +53,21 @@ def gpt2_small() -> torch.nn.Module:
             f"h_{block}_mlp_proj_bias": (wide,),
         }
     shapes |= {"ln_f_weight": (wide,), "ln_f_bias": (wide,)}
-    return _with_gradients(model, shapes)
+    return _with_gradients(model, shapes, device)
 
 
-def many_small(count: int) -> torch.nn.Module:
+def many_small(count: int, device: str) -> torch.nn.Module:
     """`count` tensors of 8 kB: all cost is per call, none per byte."""
-    return _with_gradients(torch.nn.Module(), {f"w{i}": (2048,) for i in range(count)})
+    return _with_gradients(torch.nn.Module(), {f"w{i}": (2048,) for i in range(count)}, device)
 
 
-def _with_gradients(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]]) -> torch.nn.Module:
+def _with_gradients(
+    model: torch.nn.Module, shapes: dict[str, tuple[int, ...]], device: str
+) -> torch.nn.Module:
     torch.manual_seed(0)
     for name, shape in shapes.items():
-        parameter = torch.nn.Parameter(torch.empty(shape))
-        parameter.grad = torch.randn(shape).mul_(1e-3)
+        parameter = torch.nn.Parameter(torch.empty(shape, device=device))
+        parameter.grad = torch.randn(shape, device=device).mul_(1e-3)
         model.register_parameter(name, parameter)
     return model
 
@@ -79,21 +82,29 @@ class Case:
     """Whether the step of a fused AdamW is timed with it."""
 
 
-def cases() -> Iterator[Case]:
-    large = gpt2_small()
+def cases(device: str) -> Iterator[Case]:
+    large = gpt2_small(device)
     yield Case("124 M in 148 tensors, nothing clipped", large, clips=False, bar=0.6)
     yield Case("124 M in 148 tensors, all clipped", large, clips=True, bar=1.05)
     yield Case("the same and fused AdamW, all clipped", large, True, 1.0, fused_step=True)
     yield Case("the same and fused AdamW, nothing clipped", large, False, 1.0, fused_step=True)
-    yield Case("1000 tensors of 8 kB, nothing clipped", many_small(1000), clips=False, bar=1.0)
-    for count in (10, 100, 5000):
-        yield Case(f"{count} tensors of 8 kB, nothing clipped", many_small(count), clips=False)
+    for count, bar in ((1000, 1.0), (10, None), (100, None), (5000, None)):
+        name = f"{count} tensors of 8 kB, nothing clipped"
+        yield Case(name, many_small(count, device), clips=False, bar=bar)
 
 
 def timed(call: Callable[[], object]) -> float:
+    _wait()
     started = time.perf_counter()
     call()
+    _wait()
     return time.perf_counter() - started
+
+
+def _wait() -> None:
+    """For the device, where there is one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def compare(case: Case, rounds: int) -> tuple[float, float, float]:
@@ -140,9 +151,9 @@ def _refresh(gradients: list[torch.Tensor], norm: float, clipped: bool) -> None:
         torch._foreach_mul_(gradients, norm / now)
 
 
-def added_per_layer(count: int, rounds: int) -> float:
+def added_per_layer(count: int, rounds: int, device: str) -> float:
     """Median seconds that a step takes with `count` layers of 64 elements, hardly any data."""
-    model = _with_gradients(torch.nn.Module(), {f"w{i}": (64,) for i in range(count)})
+    model = _with_gradients(torch.nn.Module(), {f"w{i}": (64,) for i in range(count)}, device)
     policy = {"version": 1, "layers": "parameter", "clip": [{"limit": 1e9}]}
     with tempfile.TemporaryDirectory() as directory:
         with gradwatch.attach(model, None, policy, port=0, recording=directory, linger=0) as watch:
@@ -213,11 +224,16 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--device", default="cpu")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"torch {torch.__version__}, {options.threads} threads, {options.rounds} rounds")
+    device = options.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        arguments.error("no CUDA device is here")
+    where = f"{options.threads} threads" if device == "cpu" else torch.cuda.get_device_name(device)
+    print(f"torch {torch.__version__}, {where}, {options.rounds} rounds")
     print(f"{'case':44} {'clip_grad_norm_':>15} {'gradwatch':>11} {'ratio':>7}  bar")
-    for case in cases():
+    for case in cases(device):
         theirs, ours, ratio = compare(case, options.rounds)
         bar = (
             ""
@@ -231,20 +247,20 @@ def main() -> None:
     print()
     print(f"{'layers of 64 elements':44} {'added':>15} {'a layer':>11}")
     for count in (10, 100, 1000, 5000):
-        seconds = added_per_layer(count, 5 * options.rounds)
+        seconds = added_per_layer(count, 5 * options.rounds, device)
         print(f"{count:44} {seconds * 1e3:12.2f} ms {seconds / count * 1e6:8.2f} us", flush=True)
     print()
     for name, model in {
-        "148 tensors, 124 M": gpt2_small(),
-        "1000 tensors": many_small(1000),
+        "148 tensors, 124 M": gpt2_small(device),
+        "1000 tensors": many_small(1000, device),
     }.items():
         ratio = added_by_learning(model, 4 * options.rounds)
         said = "met" if ratio <= 1.05 else "MISSED"
         print(f"three rules that learn over one fixed: {name:23} {ratio:6.3f}x  <= 1.05x {said}")
     print()
     for name, model in {
-        "148 tensors, 124 M": gpt2_small(),
-        "148 tensors of 8 kB": many_small(148),
+        "148 tensors, 124 M": gpt2_small(device),
+        "148 tensors of 8 kB": many_small(148, device),
     }.items():
         ratio = added_by_detection(model, 2 * options.rounds)
         said = "met" if ratio <= 1.1 else "MISSED"

@@ -54,6 +54,13 @@ class Window:
         """Whether a loop that divides does so by the micro-batches that came, not by the planned
         ones: a short window of it needs no repair."""
 
+        self.common: float | None = None
+        """What several processes count as the weight of one micro-batch, so that they divide their
+        losses by the same number; None where it is not agreed yet."""
+
+        self.agree: Callable[[float], float] | None = None
+        """Finds that number from the first weight of each process; None for one process alone."""
+
         self._steps = 1
         self._planned = 1.0
         self._weight = 0.0
@@ -69,6 +76,11 @@ class Window:
         return self._accumulate is not None and self._accumulate.weigh == "weight"
 
     @property
+    def holds_back(self) -> bool:
+        """Whether the policy asks for one reduction a window."""
+        return self._accumulate is not None and self._accumulate.sync == "boundary"
+
+    @property
     def target(self) -> int | None:
         """Samples that the window is to have; None where it counts micro-batches."""
         steps = None if self._accumulate is None else self._accumulate.steps
@@ -77,11 +89,20 @@ class Window:
     @property
     def num_steps(self) -> int:
         """Micro-batches that the window is to have."""
-        return self._steps if self.count else self._steps_now()
+        return self._steps if self.count else self._steps_at(self.step)
 
     @property
     def is_full(self) -> bool:
         return self.count >= self.num_steps
+
+    def steps_of(self, batches: int, *, partial: str) -> int:
+        """Optimizer steps that so many more micro-batches end."""
+        planned, left, steps = self.num_steps - (self.count or 0), batches, 0
+        while left >= planned:
+            left -= planned
+            steps += 1
+            planned = self._steps_at(self.step + steps)
+        return steps + (left > 0 and partial == "step")
 
     def fills(self, samples: int) -> bool:
         """Whether one more micro-batch, of so many samples, fills the window."""
@@ -94,19 +115,31 @@ class Window:
         weigh = "mean" if self._accumulate is None else self._accumulate.weigh
         weight = weight if weigh == "weight" else 1.0
         if self.count == 0:
-            self._steps = self._steps_now()
+            self._steps = self._steps_at(self.step)
             if self.target is not None:
                 self._steps = math.ceil(self.target / max(1, samples))
             self.first_weight = weight
             self._samples = 0
-            # Any number does that stays the same within the window; this one keeps losses near
-            # their size, so that float16 stays in range.
-            self._planned = 1.0 if weigh == "sum" else self._steps * (weight or 1.0)
+            self._planned = 1.0 if weigh == "sum" else self._plan(weight)
             self._weight = 0.0
         self.count += 1
         self._weight += weight
         self._samples += samples
         return self._planned / weight if weight else math.inf
+
+    def _plan(self, weight: float) -> float:
+        """What the losses of a window are divided by, per weight.
+
+        Any number does that is the same for all of its micro-batches, those of other processes
+        included; this one keeps losses near their size, so that float16 stays in range.
+        """
+        if self.agree is None or not (self.weighs or self.target is not None):
+            return self._steps * (weight or 1.0)
+        # With a target the number of micro-batches, too, is one's own.
+        times = 1 if self.target is not None else self._steps
+        if self.common is None:
+            self.common = self.agree(weight * self._steps / times) or 1.0
+        return self.common * times
 
     def take_back(self, weight: float = 1.0, samples: int = 1) -> None:
         """One micro-batch less: its gradient never came."""
@@ -129,11 +162,11 @@ class Window:
         self.count = 0
         return closed
 
-    def _steps_now(self) -> int:
+    def _steps_at(self, step: int) -> int:
         steps = 1 if self._accumulate is None else self._accumulate.steps
         if isinstance(steps, Schedule):
             # Stairs: the last point at or before this step, else the first one.
-            values = [value for step, value in steps.points if step <= self.step]
+            values = [value for first, value in steps.points if first <= step]
             steps = int(values[-1] if values else steps.points[0][1])
         return steps if isinstance(steps, int) else 1
 
@@ -148,6 +181,8 @@ class MicroBatch(Generic[Batch]):
         last: bool,
         window: Window,
         samples: int = 1,
+        ends_loader: bool = False,
+        began: Callable[[MicroBatch[Any]], None] = lambda micro: None,
         ended: Callable[[MicroBatch[Any]], None] = lambda micro: None,
     ) -> None:
         self.batch = batch
@@ -157,11 +192,16 @@ class MicroBatch(Generic[Batch]):
         self.last = last
         """Whether its step is due when it was used: known before its forward pass."""
 
+        self.syncs = last or ends_loader
+        """Whether its backward pass reduces the gradients over all processes, where the policy
+        leaves that to the end of a window: an epoch does not end with gradients that are not."""
+
         self.failed = False
         """Whether it ended in an exception, and has no part in its window."""
 
         self._window = window
         self._weight = 1.0
+        self._began = began
         self._ended = ended
         self.divisor: float | None = None
         """What its loss was divided by; None before."""
@@ -185,6 +225,7 @@ class MicroBatch(Generic[Batch]):
         return loss if self.divisor == 1.0 else loss / self.divisor
 
     def __enter__(self) -> Self:
+        self._began(self)
         return self
 
     def __exit__(
@@ -236,6 +277,7 @@ def micro_batches(
     partial: str,
     discard: Callable[[], None],
     samples: Callable[[Batch], int] = samples_in,
+    began: Callable[[MicroBatch[Any]], None] = lambda micro: None,
     ended: Callable[[MicroBatch[Any]], None] = lambda micro: None,
 ) -> Iterator[MicroBatch[Batch]]:
     """The batches of a loader, each with its place; looks one ahead for the end of the loader.
@@ -244,6 +286,7 @@ def micro_batches(
         partial: what becomes of a window that the loader ends: `step`, `drop` or `carry`.
         discard: drops the gradients of a window that is not finished.
         samples: counts those of a batch, where the window is to have so many.
+        began: called before the forward pass of each micro-batch.
         ended: called behind each micro-batch, failed ones included.
     """
     end = object()
@@ -252,8 +295,11 @@ def micro_batches(
     while batch is not end:
         following: Any = next(batches, end)
         held = 1 if window.target is None else int(samples(batch))
-        last = window.fills(held) or (following is end and partial == "step")
-        micro = MicroBatch(batch, last=last, window=window, samples=held, ended=ended)
+        ends = following is end
+        micro = MicroBatch(
+            batch, last=window.fills(held) or (ends and partial == "step"), window=window,
+            samples=held, ends_loader=ends, began=began, ended=ended,
+        )  # fmt: skip
         yield micro
         if micro.last and window.count and not micro.failed:
             window.close()  # its step was not taken: a loss scaler dropped it

@@ -89,8 +89,9 @@ class Agreed:
 
     gradients: Any
     norms: dict[float | str, Vector]
-    stopping: bool = False
-    """Whether a finding of any of them is to stop the run."""
+    stopping: Any = None
+    """Whether a finding of any of them is to stop the run; a vector (0-d) where the host does not
+    read, None of one process alone."""
 
 
 SILENT = Word()
@@ -181,8 +182,15 @@ class Backend(Protocol):
         """[S, P] by `records.SAMPLES` once the step was taken, a vector of the device or of the
         host; None where no sample was taken."""
 
+    def confer(self, step: int, word: bytes) -> Sequence[bytes | None]:
+        """What each of several processes says of a step, this one's word among it, None of who does
+        not answer; nothing where there is one process alone."""
+
     def seen(self) -> Any:
         """What was kept of the forward passes of the step that is due; it is forgotten here."""
+
+    def was_finite(self, seen: Any) -> None:
+        """The step of which that was kept was finite: what was odd in it is no fault."""
 
     def clues(self, seen: Any, *, is_over: bool) -> Clues:
         """What is known of a step that is not finite.

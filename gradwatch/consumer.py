@@ -13,13 +13,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from typing import TypeVar
 
 from gradwatch.cards import cards_of
 from gradwatch.errors import RecordingError
 from gradwatch.policy import Detect, Policy
+from gradwatch.recording.cards import Card
 from gradwatch.recording.ring import Ring
 from gradwatch.recording.store import Store
 from gradwatch.records import POLICY, SAMPLES, Anomaly, Culprit, Float32s, Status, StepRecord
@@ -30,6 +32,8 @@ from gradwatch.saying import say
 from gradwatch.tally import Tally
 
 __all__ = ["Consumer", "Reporter"]
+
+Found = TypeVar("Found")
 
 WAKE_SECONDS = 0.1
 OPEN_SECONDS = 1.0
@@ -80,14 +84,23 @@ class Consumer:
         self.samples: deque[tuple[int, Float32s]] = deque()
         """What was sampled, by step; the recorder's."""
 
+        self.local_norms: deque[tuple[int, float]] = deque()
+        """Of this process alone, by step; the recorder's."""
+
         self.culprits: deque[tuple[int, Culprit]] = deque()
         """What was found before an update, by step; the recorder's."""
+
+        self.cards: deque[Card] = deque()
+        """What the training thread could not write; the recorder's."""
 
         self.order: Callable[[], Sequence[int]] = tuple
         """Parameters in the order of a backward pass."""
 
         self.loss_before: Callable[[], bool] = bool
         """Whether the loss is logged before the step."""
+
+        self.active_elsewhere: Callable[[], Mapping[str, tuple[str, ...]]] = dict
+        """As `open_anomalies`, of what is not found in records."""
 
         self.unhealthy = -1
         """The last step that found an alert open."""
@@ -172,12 +185,12 @@ class Consumer:
 
     def open_anomalies(self) -> dict[str, tuple[str, ...]]:
         """Kinds with an open alert, each with its layers."""
-        return self.detection.active()
+        return self.detection.active() | dict(self.active_elsewhere())
 
     def _run(self) -> None:
         while True:
             stopping = self._stopping
-            for chore in self.chores:
+            for chore in () if stopping else self.chores:
                 self._guarded("readback", chore)
             with self._handling:
                 self._guarded("readback", self._round)
@@ -228,21 +241,30 @@ class Consumer:
             self._finished.append(self._early)
             new = [self._early]
         self._guarded("recording", self._write_cards, past, new)
-        self._guarded("export", self._tally.set_active, self.detection.active())
+        self._guarded("export", self._tally.set_active, self.open_anomalies())
         dropped = self._ring.dropped + self.unstored
         self._guarded("export", self._tally.set_records_dropped, dropped)
         for record in new:
             for anomaly in record.anomalies:
                 self._announce(anomaly)
         if not new and (stuck := self._silence.look(time.monotonic())) is not None:
-            self._guarded("export", self._tally.note, stuck)
-            if self._store is not None:
-                self._guarded("recording", self._store.add_anomaly, stuck)
-            self._announce(stuck)
+            self.found(stuck)
+
+    def found(self, anomaly: Anomaly) -> None:
+        """A finding that comes without a record."""
+        self._guarded("export", self._tally.note, anomaly)
+        if self._store is not None:
+            self._guarded("recording", self._store.add_anomaly, anomaly)
+        self._announce(anomaly)
 
     def _write_cards(self, past: list[StepRecord], new: Sequence[StepRecord]) -> None:
+        if self._store is None:
+            return
+        while self.cards:
+            self._store.add_card(self.cards[0])
+            self.cards.popleft()
         for record in new:
-            if record.anomalies and self._store is not None:
+            if record.anomalies:
                 cards = cards_of(
                     self._tally.info, record, [one for one in past if one.step < record.step],
                     self.order, loss_before=self.loss_before(),
@@ -265,26 +287,17 @@ class Consumer:
         return newest[0] if newest and newest[0].step == step else None
 
     def _handled(self, record: StepRecord) -> StepRecord:
-        record = self._diagnosed(self._investigated(self._sampled(record)))
-        if self.detection.active():
+        sampled, culprit = _of(record, self.samples), _of(record, self.culprits)
+        if (local_norm := _of(record, self.local_norms)) is not None:
+            record = replace(record, local_norm=local_norm)
+        if sampled is not None and record.skipped is None:
+            record = replace(record, samples=dict(zip(SAMPLES, sampled, strict=True)))
+        if culprit is not None:
+            record = replace(record, culprit=culprit)
+        record = self._diagnosed(record)
+        if self.open_anomalies():
             self.unhealthy = record.step
         self._guarded("export", self._tally.add, record)
-        return record
-
-    def _investigated(self, record: StepRecord) -> StepRecord:
-        """The record with what was found in its step."""
-        while self.culprits and self.culprits[0][0] <= record.step:
-            step, culprit = self.culprits.popleft()
-            if step == record.step:
-                return replace(record, culprit=culprit)
-        return record
-
-    def _sampled(self, record: StepRecord) -> StepRecord:
-        """The record with what was sampled in its step."""
-        while self.samples and self.samples[0][0] <= record.step:
-            step, samples_SP = self.samples.popleft()
-            if step == record.step and record.skipped is None:
-                return replace(record, samples=dict(zip(SAMPLES, samples_SP, strict=True)))
         return record
 
     def _diagnosed(self, record: StepRecord) -> StepRecord:
@@ -342,6 +355,15 @@ class Consumer:
             call(*args)
         except BaseException:  # sys.exit in a callback is not the end of this thread
             self._report(component)
+
+
+def _of(record: StepRecord, found: deque[tuple[int, Found]]) -> Found | None:
+    """What was found in its step; what is of earlier ones is left behind."""
+    while found and found[0][0] <= record.step:
+        step, one = found.popleft()
+        if step == record.step:
+            return one
+    return None
 
 
 def _same(record: StepRecord, other: StepRecord) -> bool:

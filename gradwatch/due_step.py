@@ -38,6 +38,9 @@ class DueStep:
     loss: float | None = None
     """As it was logged before the step."""
 
+    is_loss_whole: bool = True
+    """Whether it was logged for each of the micro-batches."""
+
     seen: Any = None
     """What the backend has kept of its forward passes."""
 

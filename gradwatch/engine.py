@@ -18,14 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gradwatch.backend import (
-    Backend,
-    RanksMissing,
-    StepContext,
-    Word,
-    act,
-    measure_and_decide,
-)
+from gradwatch.backend import Backend, RanksMissing, StepContext, Word, act, measure_and_decide
 from gradwatch.due_step import DueStep, row_of
 from gradwatch.errors import TrainingStopped, stopped_before
 from gradwatch.investigation import Investigation
@@ -39,15 +32,7 @@ from gradwatch.rules.chain import Chain
 from gradwatch.rules.clipping import Decision, Norms
 from gradwatch.rules.guard import OVERFLOW, SkipHistory, Verdict, judge
 from gradwatch.rules.noise import NoiseScale
-from gradwatch.rules.reading import (
-    Reading,
-    compared,
-    least,
-    overflowed,
-    pack,
-    unapplied,
-    unpack,
-)
+from gradwatch.rules.reading import Reading, compared, least, overflowed, pack, unapplied, unpack
 from gradwatch.samples import Samples
 from gradwatch.saying import say
 
@@ -86,6 +71,9 @@ class Engine:
         self._skips = SkipHistory()
         self._skipped: str | None = None
         self._stopping: TrainingStopped | None = None
+        self._is_agreed = False
+        """Whether several processes are known to stop together."""
+
         self._failures_in_a_row = 0
         self._could_not_apply = False
         self._notes = RuleNotes()
@@ -113,6 +101,7 @@ class Engine:
         """Goes on under a policy of the same rules with other numbers, from the next step on."""
         self.catch_up(wait=True)
         self._policy, self._guard = policy, policy.guard
+        self._investigation.change(policy)
         self._chain, anew = self._chain.changed(policy)
         say_anew(anew)
 
@@ -159,7 +148,7 @@ class Engine:
             TrainingStopped: the policy says stop. Nothing else of ours leaves this method.
         """
         self.catch_up(wait=context.overflows > 0)
-        if self._stopping is not None and not self._backend.agrees:
+        if self._stopping is not None and (self._is_agreed or not self._backend.agrees):
             raise self._stopping
         self._note_planned(context.planned)
         for _ in range(context.overflows):
@@ -167,8 +156,7 @@ class Engine:
             dropped = overflowed(due.limits)
             self._end(due, dropped, self._judged(due, dropped))
         step = self._due(context)
-        step.loss = self._recorder.pending(step.number, "loss")
-        self._recorder.loss_before = step.loss is not None
+        self._take_loss(step)
         doing, reading, verdict = "measure", None, Verdict()
         try:
             step.seen = self._backend.seen()
@@ -179,7 +167,7 @@ class Engine:
                 self._backend, gradients, self._chain, step.rules, step.limits, self._guard,
                 apply=self.enforcing, word=self._word(step),
             )  # fmt: skip
-            if agreed.stopping:
+            if self._backend.reads_host and agreed.stopping:
                 self._stopping = self._stopping or stopped_before(step.number, OTHERS, "rank")
                 raise self._stopping  # noqa: TRY301
             gradients, norms = agreed.gradients, agreed.norms
@@ -193,7 +181,7 @@ class Engine:
             if self._backend.reads_host:
                 self._act(gradients, decision, verdict)
             else:
-                self._act_unread(gradients, norms, decision, step)
+                self._act_unread(gradients, norms, decision, step, agreed.stopping)
             self._failures_in_a_row = 0
         except TrainingStopped:
             raise
@@ -262,8 +250,8 @@ class Engine:
             self._on_error("readback")
             return
         for vector, step in arrived:
-            if isinstance(step, int):
-                self.samples.record(step, vector)
+            if callable(step):
+                step(vector)
                 continue
             try:
                 num_measures = len(self._chain.measures)
@@ -313,7 +301,9 @@ class Engine:
         if self.enforcing and not verdict.stop and verdict.skip != OVERFLOW:
             act(self._backend, gradients, decision, verdict)
 
-    def _act_unread(self, gradients: Any, norms: Norms, decision: Decision, step: DueStep) -> None:
+    def _act_unread(
+        self, gradients: Any, norms: Norms, decision: Decision, step: DueStep, stopping: Any
+    ) -> None:
         """Acts as `judge` will find when it reads the same numbers."""
         skip, xp = None, self._backend.xp
         if self._guard.nonfinite == "skip":
@@ -328,17 +318,26 @@ class Engine:
         measures = compared(self._chain.measures, step.rules, norms, decision, xp)
         packed = pack(
             decision, step.limits, norms[2.0], scale, found_inf, xp, measures,
-            step.context.first_norm,
+            step.context.first_norm, stopping,
         )  # fmt: skip
         self._backend.send(packed, step)
 
     def _finish(self, step: DueStep, reading: Reading) -> None:
         """Judges and ends a step of which the host learns when it is over."""
+        self._take_loss(step)
         verdict = self._judged(step, reading)
+        if reading.stopping and self._backend.agrees:  # known to all behind the same step
+            self._stopping = self._stopping or stopped_before(self.num_steps, OTHERS, "rank")
+            self._is_agreed = True
         # Its weights are those of now where nothing was updated since.
         is_over = not (self.enforcing and verdict.skip) or self.num_steps > step.number + 1
         self._investigation.look(self._backend, step, reading, verdict, is_over=is_over)
         self._end(step, reading, verdict)
+
+    def _take_loss(self, step: DueStep) -> None:
+        """What was logged before a step; from a device it comes when the step does."""
+        step.loss, times = self._recorder.loss_of(step.number)
+        step.is_loss_whole = times >= step.context.micro_batches
 
     def _judged(self, step: DueStep, reading: Reading) -> Verdict:
         verdict, self._skips = judge(

@@ -17,11 +17,13 @@ import numpy as np
 
 from gradwatch.backend import Backend
 from gradwatch.due_step import DueStep
-from gradwatch.policy import Detect
+from gradwatch.policy import Detect, Policy
 from gradwatch.recorder import Recorder
 from gradwatch.recording.cards import HISTORY, card_of
 from gradwatch.records import Culprit, RunInfo
-from gradwatch.rules.culprit import Clues, ModuleGradient, modules_of, of_step
+from gradwatch.rules.culprit import Clues, of_step
+from gradwatch.rules.culprit_gradients import ModuleGradient, modules_of
+from gradwatch.rules.culprit_ranks import RankWord, of_ranks
 from gradwatch.rules.detect_nonfinite import finding_of, is_overflow
 from gradwatch.rules.guard import Verdict
 from gradwatch.rules.reading import Reading
@@ -30,6 +32,9 @@ __all__ = ["MOST_IN_A_ROW", "Investigation"]
 
 MOST_IN_A_ROW = 10
 """Steps that are not finite, one behind the other, that are looked into."""
+
+REFILL = 0.1
+"""Of one more, for each step that is finite: looking costs up to a forward pass."""
 
 KEPT_BATCHES = 64
 
@@ -46,11 +51,15 @@ class Investigation:
         self._recorder = recorder
         self._on_error = on_error
         self._names = [parameter.name for parameter in info.layout.parameters]
-        self._in_a_row = 0
+        self._credit = float(MOST_IN_A_ROW)
         self._found: Culprit | None = None
         self._step = -1
         self._batches: deque[tuple[str, int]] = deque(maxlen=KEPT_BATCHES)
         """Hashes of bad batches, each with its step."""
+
+    def change(self, policy: Policy) -> None:
+        """Goes on under a policy with other numbers, which the cards tell."""
+        self._info = replace(self._info, policy_sha256=policy.sha256)
 
     def look(
         self, backend: Backend, step: DueStep, reading: Reading, verdict: Verdict, *, is_over: bool
@@ -62,25 +71,39 @@ class Investigation:
         """
         self._found, self._step = None, step.number
         if math.isfinite(reading.total_norm) and np.isfinite(reading.norms_Q).all():
-            self._in_a_row = 0
+            self._credit = min(MOST_IN_A_ROW, self._credit + REFILL)
+            self._guarded(lambda: backend.was_finite(step.seen))
             return
         scale = reading.loss_scale
         scale = scale if math.isfinite(scale) else step.context.loss_scale
         if not self._is_on or is_overflow(verdict.skip, scale, step.loss):
             return
-        self._in_a_row += 1
-        if self._in_a_row > MOST_IN_A_ROW:
+        if self._credit < 1.0:
             return
+        self._credit -= 1.0
         if self._how == "none":
             self._found = Culprit(message="not looked for (detect.culprit: none)")
             return
         try:
             clues = backend.clues(step.seen, is_over=is_over)
-            found = of_step(clues, self._gradients(step, reading, clues), step.loss)
-            self._found = self._with_batch(found, clues.batch, step.number)
+            # A finite one says nothing of those that were not logged.
+            is_known = step.is_loss_whole or not math.isfinite(step.loss or 0.0)
+            loss = step.loss if is_known else None
+            found = of_step(clues, self._gradients(step, reading, clues), loss)
+            found = self._with_batch(found, clues.batch, step.number)
+            self._found = self._conferred(found, backend, step, clues)
         except Exception:
             self._on_error("detection")
             self._found = Culprit(message="not determined: looking for it failed, see the log")
+
+    def _conferred(self, found: Culprit, backend: Backend, step: DueStep, clues: Clues) -> Culprit:
+        """What all processes together make of it."""
+        word = RankWord(found, step.loss, clues.own_is_bad)
+        heard = backend.confer(step.number, word.to_bytes())
+        if not heard:
+            return found
+        words = [None if one is None else RankWord.from_bytes(one) for one in heard]
+        return of_ranks(words, self._info.rank)
 
     def conclude(self) -> None:
         """The row of the step is written: its card is, too."""
@@ -96,6 +119,12 @@ class Investigation:
             self._recorder.investigated(record.step, found, card)
         except Exception:
             self._on_error("recording")
+
+    def _guarded(self, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except Exception:
+            self._on_error("detection")
 
     def _gradients(
         self, step: DueStep, reading: Reading, clues: Clues

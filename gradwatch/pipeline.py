@@ -62,7 +62,9 @@ class Pipeline:
         )
         self.recorder = Recorder(self.ring, self.consumer.wake, self.path)
         self.consumer.samples = self.recorder.samples
+        self.consumer.local_norms = self.recorder.local_norms
         self.consumer.culprits = self.recorder.culprits
+        self.consumer.cards = self.recorder.cards
         self.consumer.loss_before = lambda: self.recorder.loss_before
         self.reloading: Reloading | None = None
         self._closed = False

@@ -6,6 +6,7 @@ engine -> Recorder -> ring -> Consumer (its own thread)
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -30,7 +31,10 @@ class Recorder:
         self.ring = ring
         self._recording = recording
         self.culprits: deque[tuple[int, Culprit]] = deque(maxlen=ring.slots)
-        """By step, until the consumer takes them; their cards are written."""
+        """By step, until the consumer takes them."""
+
+        self.cards: deque[Card] = deque(maxlen=ring.slots)
+        """Those that could not be written in time; the consumer tries again."""
 
         self.loss_before = False
         """Whether the loss of the newest step was logged before it."""
@@ -38,12 +42,17 @@ class Recorder:
         self.samples: deque[tuple[int, Float32s]] = deque(maxlen=ring.slots)
         """By step, until the consumer takes them."""
 
+        self.local_norms: deque[tuple[int, float]] = deque(maxlen=ring.slots)
+        """Of this process alone, by step, until the consumer takes them."""
+
         self._wake = wake
         self._wake_every = max(1, ring.slots // 4)
         self._rows = 0
         self._newest = -1
         self._pending: dict[int, dict[str, float]] = {}
         """By step, of steps without a row yet."""
+
+        self._times_logged: dict[tuple[int, str], int] = {}
 
         self._logged_before_step: set[str] = set()
         self._pid = os.getpid()
@@ -61,20 +70,34 @@ class Recorder:
             backward_seen: whether a backward pass ran since the last of them.
         """
         for name, value in scalars.items():
-            if num_steps == 0 and not backward_seen:
-                self._logged_before_step.add(name)
-            is_due = backward_seen or name in self._logged_before_step
-            step = num_steps if is_due else num_steps - 1
-            if step > self._newest:
-                self._pending.setdefault(step, {})[name] = value
-            elif self._is_ours() and not self.ring.log(name, value) and not self._told_late:
-                self._told_late = True
-                say(logging.WARNING, "watch.log: %s came when the record of its step was closed "
-                    "by flush(); log before it", name)  # fmt: skip
+            step = self.step_of(name, num_steps=num_steps, backward_seen=backward_seen)
+            self.put(name, step, value)
 
-    def pending(self, step: int, name: str) -> float | None:
-        """What was logged under a name for a step that is due."""
-        return self._pending.get(step, {}).get(name)
+    def step_of(self, name: str, *, num_steps: int, backward_seen: bool) -> int:
+        """The step that a scalar belongs to which is logged now; arguments as in `log`."""
+        if num_steps == 0 and not backward_seen:
+            self._logged_before_step.add(name)
+        is_due = backward_seen or name in self._logged_before_step
+        return num_steps if is_due else num_steps - 1
+
+    def put(self, name: str, step: int, value: float) -> None:
+        """A scalar of a step that is due, or of the newest."""
+        if step > self._newest:
+            pending = self._pending.setdefault(step, {})
+            # Of several in one step the first that is not finite is not to be lost.
+            if math.isfinite(pending.get(name, 0.0)):
+                pending[name] = value
+            self._times_logged[step, name] = self._times_logged.get((step, name), 0) + 1
+        elif self._is_ours() and not self.ring.log(name, value) and not self._told_late:
+            self._told_late = True
+            say(logging.WARNING, "watch.log: %s came when the record of its step was closed "
+                "by flush(); log before it", name)  # fmt: skip
+
+    def loss_of(self, step: int) -> tuple[float | None, int]:
+        """The loss that was logged for a step that is due, and how often one was."""
+        loss = self._pending.get(step, {}).get("loss")
+        self.loss_before = loss is not None
+        return loss, self._times_logged.get((step, "loss"), 0)
 
     def defer(self, step: int, by: int) -> None:
         """What was logged for a step is that of a later one: some before it were never seen."""
@@ -85,6 +108,9 @@ class Recorder:
         """One step; closes the record before it."""
         for step in [step for step in self._pending if step < row.step]:
             del self._pending[step]
+        self._times_logged = {
+            key: times for key, times in self._times_logged.items() if key[0] > row.step
+        }
         if not self._is_ours():
             return
         self.ring.append(row, self._pending.pop(row.step, {}))
@@ -99,16 +125,20 @@ class Recorder:
             self.samples.append((step, samples_SP))
 
     def investigated(self, step: int, culprit: Culprit, card: Card) -> None:
-        """What went bad first in a step; back when it is in the recording.
+        """What went bad first in a step; back when it is in the recording, or will be later.
 
         Raises:
-            sqlite3.Error: the card could not be written.
+            sqlite3.Error: the card could not be written yet.
         """
         if not self._is_ours():
             return
         self.culprits.append((step, culprit))
         if self._recording is not None:
-            write_card(self._recording, card)
+            try:
+                write_card(self._recording, card)
+            except BaseException:
+                self.cards.append(card)
+                raise
 
     def close_record(self) -> None:
         """Closes the newest record, so that the consumer may have it."""

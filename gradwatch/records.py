@@ -186,6 +186,9 @@ class Culprit:
     same_batch: tuple[int, ...] = ()
     """Earlier steps that were bad with the same batch."""
 
+    ranks: tuple[int, ...] = ()
+    """Where several processes average their gradients: those whose own was bad before."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
@@ -297,6 +300,10 @@ class StepRecord:
     weight: float = 1.0
     loss_scale: float = float("nan")
     learning_rate: float = float("nan")
+    local_norm: float = float("nan")
+    """L2 norm of the gradient of this process alone, before it was averaged with those of others;
+    NaN where it was not sampled, or is not known."""
+
     noise_scale: float = float("nan")
     """Batch size at which noise and signal are equal (B_simple), in micro-batches, or in the unit
     of the weights where they have some; NaN while it is not known."""

@@ -5,6 +5,7 @@ before (gradients are due) -> the optimizer's update -> stepped -> record
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,7 @@ class Samples:
             if backend.reads_host:
                 self.record(step, sampled)
             else:
-                backend.send(sampled.reshape(-1), step)
+                backend.send(sampled.reshape(-1), functools.partial(self.record, step))
         except Exception:
             self._on_error("measure")
 

@@ -256,7 +256,7 @@ class Tally:
         )
         if "loss" in record.scalars:
             self._numbers["loss"] = float(record.scalars["loss"])
-        for name in ("loss_scale", "learning_rate", "noise_scale"):
+        for name in ("loss_scale", "learning_rate", "noise_scale", "local_norm"):
             value = float(getattr(record, name))
             if not math.isnan(value):
                 self._numbers[name] = value

@@ -15,6 +15,7 @@ from typing import Any, Self, SupportsFloat, TypeVar
 
 from gradwatch.accumulation import MicroBatch, Window, micro_batches, samples_in
 from gradwatch.backend import Backend, StepContext
+from gradwatch.describing import described
 from gradwatch.engine import Engine
 from gradwatch.errors import GradwatchError, PolicyError, TrainingStopped
 from gradwatch.pipeline import Pipeline, close_at_exit, state_after
@@ -26,8 +27,6 @@ __all__ = ["Watch"]
 
 Batch = TypeVar("Batch")
 STATE_VERSION = 1
-RECENT = 100
-"""Steps that `repr` looks back at."""
 
 
 class Watch:
@@ -81,8 +80,11 @@ class Watch:
         found = []
         for record in self.pipeline.recorder.newest(count):
             known = handled.get(record.step)
-            if known is not None and (known.anomalies or known.culprit):
-                record = replace(record, anomalies=known.anomalies, culprit=known.culprit)
+            if known is not None:
+                record = replace(
+                    record, anomalies=known.anomalies, culprit=known.culprit,
+                    samples=known.samples, local_norm=known.local_norm,
+                )  # fmt: skip
             found.append(record)
         return found
 
@@ -130,7 +132,8 @@ class Watch:
         values = {}
         for name, value in scalars.items():
             try:
-                values[name] = self._number(value)
+                if not self._sends(name, value):
+                    values[name] = self._number(value)
             except Exception as error:
                 self._warn_unloggable(name, value, error)
         try:
@@ -219,6 +222,7 @@ class Watch:
             "engine": self._engine.state_dict(),
             "detection": detection,
             "unhealthy": unhealthy,
+            "common_weight": self.window.common or 0.0,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -235,8 +239,10 @@ class Watch:
                 f"the state must be of version {STATE_VERSION}. "
                 f"Received: {state.get('version')!r}. Leave it out to begin anew"
             )
+        self.flush()
         self._engine.load_state_dict(state["engine"])
         self.window.step = self._engine.num_steps
+        self.window.common = float(state.get("common_weight", 0.0)) or None
         try:
             with self.pipeline.consumer.paused():
                 self.pipeline.consumer.unhealthy = int(
@@ -293,10 +299,11 @@ class Watch:
             self.window.close()
             self._discard()
         self.window.step = self._engine.num_steps
+        self._begin_epoch(loader, partial)
         try:
             yield from micro_batches(
                 loader, self.window, partial=partial, discard=self._discard, samples=samples,
-                ended=self._micro_ended,
+                began=self._micro_began, ended=self._micro_ended,
             )  # fmt: skip
         finally:
             self._marked = self.window.count > 0
@@ -340,24 +347,7 @@ class Watch:
         self._end(state_after(error))
 
     def __repr__(self) -> str:
-        latest = self.latest
-        layers = f"{len(self.info.layout.layers)} layers"
-        if latest is None:
-            return f"Watch({layers}, no step yet{self._how()})"
-        recent = self.history(RECENT)
-        clipped = sum(record.clipped for record in recent)
-        skipped = sum(record.skipped is not None for record in recent)
-        kinds = ", ".join(sorted(self.pipeline.consumer.open_anomalies()))
-        parts = [
-            layers,
-            f"step {latest.step}",
-            f"total_norm {latest.total_norm:.3g}",
-            f"clipped {clipped} of last {len(recent)}",
-        ]
-        if skipped:
-            parts.append(f"skipped {skipped}")
-        parts.append(kinds or "no anomaly")
-        return f"Watch({', '.join(parts)}{self._how()})"
+        return f"Watch({described(self)}{self._how()})"
 
     # What a framework fills in
 
@@ -367,6 +357,12 @@ class Watch:
 
     def _discard(self) -> None:
         """Drops the gradients of a window that was not finished."""
+
+    def _begin_epoch(self, loader: object, partial: str) -> None:
+        """A loop over the micro-batches of a loader begins."""
+
+    def _micro_began(self, micro: MicroBatch[Any]) -> None:
+        """A marked micro-batch is about to run forward."""
 
     def _micro_ended(self, micro: MicroBatch[Any]) -> None:
         """A marked micro-batch has run backward, or has failed to."""
@@ -384,6 +380,10 @@ class Watch:
     def _context(self) -> StepContext:
         """What the loop knows about the step that is due."""
         return StepContext()
+
+    def _sends(self, name: str, value: SupportsFloat) -> bool:
+        """Whether a logged scalar comes to the host by itself, later."""
+        return False
 
     def _number(self, value: SupportsFloat) -> float:
         """A logged scalar, on the host."""

@@ -31,6 +31,7 @@ RANKS = {
     "consumer": 5,
     "pipeline": 5,
     "progress": 5,
+    "describing": 5,
     "due_step": 5,
     "engine": 5,
     "backend": 5,

@@ -98,6 +98,11 @@ _SPECS = (
         "gauge",
         "Batch size at which noise and signal are equal, in micro-batches or the unit of weights.",
     ),
+    MetricSpec(
+        "local_norm",
+        "gauge",
+        "L2 norm of this rank's own gradient before it is averaged with others; sampled.",
+    ),
     MetricSpec("limit", "gauge", "Limit in force.", ("rule",)),
     MetricSpec(
         "enforcing",

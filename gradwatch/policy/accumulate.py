@@ -54,4 +54,6 @@ class Accumulate(Section):
     """What becomes of a last, shorter window: an exact mean, nothing, or the next one's begin."""
 
     sync: Literal["boundary", "every"] | None = None
-    """When gradients are all-reduced. Left out: `boundary`, but `every` under FSDP."""
+    """When gradients are reduced over processes: once a window (`boundary`, with
+    `watch.micro_batches`), or with `every` micro-batch. Left out: `boundary` under
+    DistributedDataParallel, `every` under FSDP, which otherwise keeps whole gradients."""

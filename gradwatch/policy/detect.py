@@ -19,6 +19,8 @@ from gradwatch.policy.detectors import (
     Nonfinite,
     Overflow,
     OversizedUpdate,
+    RankDivergence,
+    RankOutlier,
     Spike,
     StalledUpdate,
     Stuck,
@@ -62,11 +64,17 @@ class Detect(Section):
     exploding: Annotated[Exploding | None, OFF_OR] = Exploding()
     """A norm far above its own baseline, persistently."""
 
+    rank_divergence: Annotated[RankDivergence | None, OFF_OR] = RankDivergence()
+    """Weights that differ between processes that share them."""
+
     loss_scale_collapse: Annotated[LossScaleCollapse | None, OFF_OR] = LossScaleCollapse()
     """A loss scale below 1, or one that does not settle."""
 
     loss_spike: Annotated[LossSpike | None, OFF_OR] = LossSpike()
     """A loss above its own baseline, persistently."""
+
+    rank_outlier: Annotated[RankOutlier | None, OFF_OR] = RankOutlier()
+    """One process whose gradient is not like those of the others; sampled."""
 
     vanishing: Annotated[Vanishing | None, OFF_OR] = Vanishing()
     """A norm that is a tiny share of the largest layer's, persistently."""

@@ -30,6 +30,8 @@ __all__ = [
     "Outlier",
     "Overflow",
     "OversizedUpdate",
+    "RankDivergence",
+    "RankOutlier",
     "Spike",
     "StalledUpdate",
     "Stuck",
@@ -58,7 +60,7 @@ class _OfLayers(Detector):
     """Globs that take layers out again."""
 
 
-class _Counting(_OfLayers):
+class _Counting(Detector):
     need: Span = 3
     """Steps out of the last `of` that must be abnormal."""
 
@@ -72,7 +74,7 @@ class _Counting(_OfLayers):
         return self
 
 
-class Outlier(_Counting):
+class Outlier(_Counting, _OfLayers):
     """A norm and its own baseline; what several detectors share."""
 
     z: Positive = 6.0
@@ -97,7 +99,7 @@ class Outlier(_Counting):
         return self
 
 
-class _Sampled(_Counting):
+class _Sampled(_Counting, _OfLayers):
     need: Span = 20
     """Samples out of the last `of` that must be abnormal."""
 
@@ -177,7 +179,7 @@ class Diverging(Detector):
     """Losses before the detector may fire."""
 
 
-class Vanishing(_Counting):
+class Vanishing(_Counting, _OfLayers):
     """A layer whose norm stays a tiny share of the largest layer's."""
 
     share: Fraction = 1e-5
@@ -307,3 +309,26 @@ class SwallowedUpdate(_Sampled):
 
     share: Fraction = 0.5
     """Weights that a step leaves unchanged, among those with a gradient."""
+
+
+class RankDivergence(Detector):
+    """Weights that are to be the same on several processes, and are not."""
+
+    every: Span = 100
+    """Steps between two comparisons of their checksums."""
+
+
+class RankOutlier(_Counting):
+    """A process whose own gradient is not like that of the others; needs three of them."""
+
+    z: Factor = 6.0
+    """Distance of its log norm from the median, in units of the usual distance."""
+
+    floor: Positive = 0.1
+    """The least unit, in log units."""
+
+    need: Span = 3
+    """Samples out of the last `of` that must be abnormal."""
+
+    of: Span = 5
+    """The number of last samples that are looked at."""

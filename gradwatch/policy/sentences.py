@@ -56,6 +56,8 @@ WEIGH = {
     "weight": "their mean by the weight that is given with each loss",
 }
 
+SYNC = {"boundary": "once a window", "every": "with every micro-batch"}
+
 DRIVE = {
     "hook": "gradwatch makes the windows; the loop must not divide the loss.",
     "loop": "the loop makes the windows and divides the loss; gradwatch only counts.",
@@ -108,6 +110,8 @@ def _accumulate(accumulate: Accumulate) -> Iterator[str]:
     yield f"accumulate: {count} make one step, {WEIGH[accumulate.weigh]}."
     yield f"accumulate: {DRIVE[accumulate.drive]}"
     yield f"accumulate: a shorter last window is {PARTIAL[accumulate.partial]}."
+    if accumulate.sync is not None:
+        yield f"accumulate: gradients are reduced over ranks {SYNC[accumulate.sync]}."
 
 
 def _guard(guard: Guard) -> Iterator[str]:

@@ -33,15 +33,7 @@ class Refusal:
         return f": {what} not supported by this version yet. {self.instead}"
 
 
-def _detector(kind: str) -> Refusal:
-    return Refusal(f"detect.{kind}", "Leave it out", what=f"the detector {kind} is")
-
-
-REFUSED = (
-    Refusal("accumulate.sync", "Leave it out", what="the choice of when to reduce is"),
-    _detector("rank_divergence"),
-    _detector("rank_outlier"),
-)
+REFUSED: tuple[Refusal, ...] = ()
 
 
 def refused(data: Any) -> Iterator[tuple[Path, Refusal]]:

@@ -19,9 +19,12 @@ from gradwatch.errors import RecordingError
 from gradwatch.records import Anomaly, Culprit, Level, RunInfo, StepRecord
 
 __all__ = [
+    "BOUND_CARDS",
     "CARDS",
+    "FIRST_KEPT",
     "HISTORY",
     "INSERT_CARD",
+    "LAST_KEPT",
     "Card",
     "card_from",
     "card_of",
@@ -40,6 +43,17 @@ WAIT_SECONDS = 0.2
 
 CARDS = "cards (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, kind TEXT NOT NULL, card TEXT)"
 INSERT_CARD = "INSERT INTO cards (step, kind, card) VALUES (?, ?, ?)"
+
+FIRST_KEPT = 50
+"""Cards of a recording that are never taken away: how it began."""
+
+LAST_KEPT = 450
+"""Cards behind those; of a run that goes on badly the ones between are."""
+
+BOUND_CARDS = (
+    "DELETE FROM cards WHERE id IN (SELECT id FROM cards ORDER BY id "
+    f"LIMIT max(0, (SELECT count(*) FROM cards) - {FIRST_KEPT + LAST_KEPT}) OFFSET {FIRST_KEPT})"
+)
 
 SERIES = ("total_norm", "total_norm_clipped", "loss", "learning_rate", "loss_scale")
 
@@ -196,5 +210,6 @@ def write_card(path: Path, card: Card) -> None:
         # As the store has it: a card survives the process, not a power loss.
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute(INSERT_CARD, card_row(card))
+        connection.execute(BOUND_CARDS)
     finally:
         connection.close()

@@ -34,6 +34,7 @@ def columns_of(record: StepRecord, *, layers: bool) -> dict[str, Any]:
         "loss_scale": record.loss_scale,
         "learning_rate": record.learning_rate,
         "noise_scale": record.noise_scale,
+        "local_norm": record.local_norm,
         "anomalies": " ".join(anomaly.kind for anomaly in record.anomalies),
     }
     columns |= {f"limit/{rule}": limit for rule, limit in record.limits.items()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +23,7 @@ from gradwatch.recording.rows import ANOMALY_COLUMNS, COLUMNS, anomaly_from, rec
 from gradwatch.recording.runinfo import info_from_json
 from gradwatch.recording.store import SCHEMA, SCHEMA_VERSION
 from gradwatch.records import Anomaly, Culprit, RunInfo, StepRecord
+from gradwatch.saying import say
 
 if TYPE_CHECKING:
     import pandas
@@ -38,6 +42,7 @@ SERIES = (
     "loss_scale",
     "learning_rate",
     "noise_scale",
+    "local_norm",
 )
 
 
@@ -107,7 +112,7 @@ class Recording:
     def records(self, start: int | None = None, stop: int | None = None) -> Iterator[StepRecord]:
         """The records of steps `start` to `stop` (not included), in the order they were made."""
         low, high = -(2**62) if start is None else start, 2**62 if stop is None else stop
-        anomalies, culprits = self._anomalies_by_step(), self._culprits()
+        anomalies, culprits = self._anomalies_by_step(), self._culprits(low, high)
         # The ring first: what the consumer moves meanwhile is then seen in both, not in neither.
         tail = {_key(record): record for record in self._in_ring() if low <= record.step < high}
         query = f"{self._steps} WHERE step >= ? AND step < ? ORDER BY id"
@@ -120,8 +125,10 @@ class Recording:
     def last(self, count: int) -> list[StepRecord]:
         """The newest records, oldest first."""
         tail = self._only_in_ring()[-count:] if count > 0 else []
-        anomalies, culprits = self._anomalies_by_step(), self._culprits()
-        rows = self._read(f"{self._steps} ORDER BY id DESC LIMIT ?", max(0, count - len(tail)))
+        newest = f"{self._steps} ORDER BY id DESC LIMIT ?"
+        rows = self._read(newest, max(0, count - len(tail))).fetchall()
+        first = min([*(row[0] for row in rows), *(record.step for record in tail)], default=0)
+        anomalies, culprits = self._anomalies_by_step(), self._culprits(first)
         stored = [
             record_from(row, self.info, anomalies.get(row[0], ()), culprits.get(row[0]))
             for row in rows
@@ -137,8 +144,12 @@ class Recording:
         """The card of each warning and alert, in the order of their steps."""
         if not self._has("cards"):
             return []
-        rows = self._read("SELECT card FROM cards ORDER BY step, id")
-        return [card_from(text) for (text,) in rows]
+        rows = self._read("SELECT card FROM cards ORDER BY step, id").fetchall()
+        cards = _readable(text for (text,) in rows)
+        if len(cards) < len(rows):
+            say(logging.WARNING, "%s: %d of %d cards cannot be read and are left out", self.path,
+                len(rows) - len(cards), len(rows))  # fmt: skip
+        return cards
 
     def policies(self) -> list[tuple[int, str]]:
         """Those that took the place of the one in `info`, as YAML, each with its first step."""
@@ -158,7 +169,8 @@ class Recording:
         rows = self._read(f"SELECT step, {name} FROM steps ORDER BY id").fetchall()
         rows += [(record.step, getattr(record, name)) for record in tail]
         steps = np.array([step for step, _ in rows], dtype=np.int64)
-        return steps, np.array([float(value) for _, value in rows], dtype=np.float64)
+        values = [math.nan if value is None else float(value) for _, value in rows]
+        return steps, np.array(values, dtype=np.float64)
 
     def norms(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Steps [T] and the gradient norm of each layer [T, L]."""
@@ -256,12 +268,12 @@ class Recording:
         query = "SELECT 1 FROM sqlite_master WHERE name = ?"
         return self._read(query, table).fetchone() is not None
 
-    def _culprits(self) -> dict[int, Culprit]:
+    def _culprits(self, low: int, high: int = 2**62) -> dict[int, Culprit]:
         """By step, of those that were looked for."""
         if not self._has("cards"):
             return {}
-        rows = self._read("SELECT card FROM cards WHERE kind = 'nonfinite'")
-        cards = [card_from(text) for (text,) in rows]
+        query = "SELECT card FROM cards WHERE kind = 'nonfinite' AND step >= ? AND step < ?"
+        cards = _readable(text for (text,) in self._read(query, low, high))
         return {card.step: card.culprit for card in cards if card.culprit is not None}
 
     def _anomalies_by_step(self) -> dict[int, tuple[Anomaly, ...]]:
@@ -269,6 +281,14 @@ class Recording:
         for anomaly in self.anomalies():
             found[anomaly.step] = (*found.get(anomaly.step, ()), anomaly)
         return found
+
+
+def _readable(texts: Iterable[str]) -> list[Card]:
+    cards = []
+    for text in texts:
+        with suppress(RecordingError):
+            cards.append(card_from(text))
+    return cards
 
 
 def _with_culprit(record: StepRecord, culprits: Mapping[int, Culprit]) -> StepRecord:

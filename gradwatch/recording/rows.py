@@ -40,6 +40,7 @@ COLUMNS = (
     "measures",
     "noise_scale",
     "samples",
+    "local_norm",
 )
 ANOMALY_COLUMNS = ("kind", "level", "step", "layer", "layers", "value", "expected", "message")
 
@@ -70,6 +71,7 @@ def row_of(record: StepRecord, rules: tuple[str, ...]) -> tuple[Any, ...]:
         _floats("<f4", list(record.measures.values())) if record.measures else None,
         _number(record.noise_scale),
         _floats("<f4", [record.samples[name] for name in SAMPLES]) if record.samples else None,
+        None if math.isnan(record.local_norm) else _number(record.local_norm),
     )
 
 

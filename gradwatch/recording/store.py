@@ -6,11 +6,12 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from gradwatch.errors import RecordingError
-from gradwatch.recording.cards import CARDS, INSERT_CARD, Card, card_row
+from gradwatch.recording.cards import BOUND_CARDS, CARDS, INSERT_CARD, Card, card_row
 from gradwatch.recording.rows import ANOMALY_COLUMNS, COLUMNS, anomaly_row, row_of
 from gradwatch.recording.runinfo import info_to_json, status_to_json
 from gradwatch.records import Anomaly, RunInfo, Status, StepRecord
@@ -82,7 +83,7 @@ class Store:
         Raises:
             RecordingError: nothing of them was stored, e.g. because the disk is full.
         """
-        try:
+        with self._storing(f"{len(records)} steps were"):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 self._connection.executemany(_INSERT, (row_of(r, self._rules) for r in records))
@@ -95,10 +96,6 @@ class Store:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
-        except sqlite3.Error as error:
-            raise RecordingError(
-                f"{self.path}: {len(records)} steps were not stored ({error})"
-            ) from error
 
     def add_anomaly(self, anomaly: Anomaly) -> None:
         """Stores a finding that came without a record.
@@ -106,10 +103,8 @@ class Store:
         Raises:
             RecordingError: it was not stored.
         """
-        try:
+        with self._storing("a finding was"):
             self._connection.execute(_INSERT_ANOMALY, anomaly_row(anomaly))
-        except sqlite3.Error as error:
-            raise RecordingError(f"{self.path}: a finding was not stored ({error})") from error
 
     def add_card(self, card: Card) -> None:
         """Stores the card of a finding.
@@ -117,10 +112,9 @@ class Store:
         Raises:
             RecordingError: it was not stored.
         """
-        try:
+        with self._storing("a card was"):
             self._connection.execute(INSERT_CARD, card_row(card))
-        except sqlite3.Error as error:
-            raise RecordingError(f"{self.path}: a card was not stored ({error})") from error
+            self._connection.execute(BOUND_CARDS)
 
     def _forget(self) -> None:
         """Takes the oldest steps away, but those of an anomaly; freed pages are used again."""
@@ -132,25 +126,26 @@ class Store:
 
     def note_policy(self, step: int, policy: str) -> None:
         """The policy that holds from a step on, as canonical YAML; the first one is in the info."""
-        try:
+        with self._storing("a policy was"):
             self._connection.execute("INSERT INTO policies VALUES (?, ?)", (step, policy))
-        except sqlite3.Error as error:
-            raise RecordingError(f"{self.path}: a policy was not stored ({error})") from error
 
     def note_state(self, state: str) -> None:
         """How the run is: `running`, `finished`, `stopped` or `crashed`."""
-        try:
+        with self._storing("its state was"):
             self._connection.execute("UPDATE meta SET value = ? WHERE key = 'state'", (state,))
-        except sqlite3.Error as error:
-            raise RecordingError(f"{self.path}: its state was not stored ({error})") from error
 
     def note_status(self, status: Status) -> None:
         """What no record tells of the run, as it is now."""
         values = ("status", status_to_json(status))
-        try:
+        with self._storing("its status was"):
             self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", values)
+
+    @contextmanager
+    def _storing(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.Error as error:
-            raise RecordingError(f"{self.path}: its status was not stored ({error})") from error
+            raise RecordingError(f"{self.path}: {what} not stored ({error})") from error
 
     @property
     def bytes(self) -> int:

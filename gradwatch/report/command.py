@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,9 @@ import typer
 
 from gradwatch.errors import RecordingError
 from gradwatch.policy import KINDS
+from gradwatch.recording.cards import Card
 from gradwatch.recording.reader import Recording, open_recording
+from gradwatch.records import Anomaly
 from gradwatch.report.card import card_lines, headline, labelled, printable
 
 __all__ = ["report_command"]
@@ -48,9 +50,7 @@ def _lines(recording: Recording, last_anomaly: bool, step: int | None) -> Iterat
             known = ", ".join(str(card.step) for card in cards[-MOST_LISTED:]) or "none"
             raise RecordingError(f"{recording.path}: no card of step {step}. There are: {known}")
     elif last_anomaly:
-        # Each bad step of an episode has a card; the first one tells how it began.
-        begun = {(anomaly.kind, anomaly.step) for anomaly in recording.anomalies()}
-        cards = [card for card in cards if (card.kind, card.step) in begun] or cards
+        cards = [card for card, _ in _episodes(cards, recording.anomalies())]
         at_last = [card for card in cards if card.step == cards[-1].step]
         chosen = sorted(at_last, key=lambda card: _urgency(card.kind))[:1]
         if not chosen:
@@ -80,16 +80,33 @@ def _overview(recording: Recording) -> Iterator[str]:
         for level in ("alert", "warning", "event")
     ]
     yield f"verdict: {'not healthy' if levels['alert'] else 'healthy'} ({', '.join(said)})"
-    if len(cards) > MOST_LISTED:
-        yield f"the last {MOST_LISTED} of {len(cards)} cards:"
-    for card in cards[-MOST_LISTED:]:
-        culprit = "" if card.culprit is None else f": {printable(card.culprit.message, 400)}"
+    episodes = _episodes(cards, recording.anomalies())
+    if len(episodes) > MOST_LISTED:
+        yield f"the last {MOST_LISTED} of {len(episodes)} findings:"
+    for card, more in episodes[-MOST_LISTED:]:
+        what = "" if card.culprit is None else f": {printable(card.culprit.message, 400)}"
+        if more:
+            what += f" (and {len(more)} more step{'s' * (len(more) != 1)}, to {more[-1].step})"
         yield from textwrap.wrap(
-            f"{headline(card)}{culprit}", WIDTH, initial_indent="  ", subsequent_indent=" " * 6,
+            f"{headline(card)}{what}", WIDTH, initial_indent="  ", subsequent_indent=" " * 6,
             break_on_hyphens=False,
         )  # fmt: skip
     if cards:
         yield "--last-anomaly prints the whole card, --step N that of another step"
+
+
+def _episodes(cards: Sequence[Card], anomalies: Sequence[Anomaly]) -> list[tuple[Card, list[Card]]]:
+    """Each bad step of an episode has a card; the first one tells how it began."""
+    begun = {(anomaly.kind, anomaly.step) for anomaly in anomalies}
+    episodes: list[tuple[Card, list[Card]]] = []
+    newest: dict[str, list[Card]] = {}
+    for card in cards:
+        if (card.kind, card.step) in begun or card.kind not in newest:
+            newest[card.kind] = []
+            episodes.append((card, newest[card.kind]))
+        else:
+            newest[card.kind].append(card)
+    return episodes
 
 
 def _urgency(kind: str) -> int:

@@ -2,9 +2,9 @@
 
     Clues: weights, forward passes, gradients in backward order, the loss  ->  Culprit
 
-Nothing is guessed: where two explanations remain, no module is named and both are said. Weights
-that are bad before an update, and a module that makes bad outputs of good inputs, are evidence. The
-loss is found by exclusion, and only where it was logged before the step.
+Where two explanations remain, no module is named and both are said. Weights that are bad before an
+update and were used, and a module that makes bad outputs of good inputs, are evidence. The loss is
+found by exclusion, and only where it was logged before the step.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gradwatch.records import Culprit, Evidence
-from gradwatch.rules.culprit_forward import Call, Flag, name_of, of_forward
+from gradwatch.rules.culprit_forward import MASKED, Call, Flag, of_forward
+from gradwatch.rules.culprit_gradients import (
+    LOSS,
+    ModuleGradient,
+    are_all_bad,
+    border,
+    of_gradients,
+)
+from gradwatch.rules.culprit_weights import LISTED, BadWeight, name_of, of_weights
 
-__all__ = ["Clues", "Forward", "ModuleGradient", "Pass", "modules_of", "of_gradients", "of_step"]
-
-LOSS = "the loss"
-LISTED = 5
+__all__ = ["Clues", "Forward", "Pass", "of_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,10 @@ class Pass:
     outputs: Flag
     calls: Sequence[Call] = ()
     """Of all modules in it; none where they were not looked at."""
+
+    handed: Sequence[Flag] = ()
+    """The gradients that were handed back to its outputs, each FINE or BAD; none where they were
+    not seen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +52,10 @@ class Forward:
     unseen: int = 0
     """Passes of the step of which nothing was kept."""
 
+    ungraded: int = 0
+    """Passes without gradients since the last step, of which nothing was kept: of a teacher, of
+    which a loss may be made, or of an evaluation."""
+
     repeated: int | None = None
     """Index of the pass whose calls are those of its repetition, not its own."""
 
@@ -50,27 +63,12 @@ class Forward:
     """Why there is none, or why none was run again, as a clause."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleGradient:
-    """The gradients of one module's own parameters."""
-
-    module: str
-    is_finite: bool
-    bias_only: bool = False
-    """Whether that of its bias is finite although others are not."""
-
-    bias_too: bool = True
-    """Whether that of a bias is not finite: what the module hands back was bad, whatever it was
-    given."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clues:
     """What a framework knows of a step that is not finite."""
 
-    bad_weights: Sequence[str] | None = None
-    """Modules that held weights that are not finite before the update; None where that is not
-    known."""
+    bad_weights: Sequence[BadWeight] | None = None
+    """None where they are not known: the update was made."""
 
     foreign: Sequence[str] = ()
     """Modules with weights that are not finite and that something else updates."""
@@ -80,6 +78,13 @@ class Clues:
 
     order: Sequence[int] = ()
     """Parameters by their place in the layout, in the order that a backward pass comes to them."""
+
+    is_order_sure: bool = False
+    """Whether more than one backward pass had it, and none had another."""
+
+    own_is_bad: bool | None = None
+    """Whether gradients were not finite as a backward pass left them, before anything was done to
+    them, such as the averaging with those of other processes; None where that is not known."""
 
     batch: str = ""
     """Hash of what the model was called with last."""
@@ -91,7 +96,6 @@ def of_step(clues: Clues, gradients: Sequence[ModuleGradient], loss: float | Non
         gradients: of the modules, in backward order.
         loss: as it was logged before the step, or None.
     """
-    bad_weights = clues.bad_weights or ()
     forward = clues.forward
     if clues.foreign:
         return Culprit(
@@ -99,62 +103,133 @@ def of_step(clues: Clues, gradients: Sequence[ModuleGradient], loss: float | Non
             message=f"not determined: weights of {clues.foreign[0]}, which another optimizer "
             "updates, hold NaN or inf",
         )
-    if forward is None or not forward.passes:
-        found = _of_weights(bad_weights) or of_gradients(gradients, loss)
+    seen = forward is not None and bool(forward.passes)
+    fine = forward is not None and seen and _is_known(forward)
+    handed = _handed(forward.passes) if forward is not None else Flag.UNKNOWN
+    along = of_gradients(
+        gradients,
+        loss,
+        forward_is_fine=fine,
+        is_order_sure=clues.is_order_sure,
+        is_loss_whole=handed is Flag.FINE,
+    )
+    beside = border(gradients) if along.origin is not None else ()
+    in_weights = of_weights(clues.bad_weights or (), beside)
+    if forward is None or not seen:
+        found = in_weights or along
         if found.origin is not None:
             return found
         if forward is None:
             return _with(found, " (detect.culprit: replay would tell more)")
         return _with(found, f"; the forward pass is not known: {forward.unknown}")
-    in_forward = _of_passes(forward, bad_weights)
+    in_forward = _of_passes(forward, clues.bad_weights, loss)
     if in_forward is not None:
         return replace(in_forward, evidence=forward.evidence)
-    if (in_weights := _of_weights(bad_weights)) is not None:
-        if loss is None or math.isfinite(loss):
+    if in_weights is not None:
+        if loss is None or math.isfinite(loss) or in_weights.origin is None:
             return in_weights  # tanh hides an inf on the way forward, not on the way back
         return replace(
             in_weights, origin=None, module=None,
             message=f"not determined: {in_weights.message}, and the loss is {loss} while what the "
             "model puts out is finite",
         )  # fmt: skip
-    found = of_gradients(gradients, loss, forward_is_fine=_is_known(forward))
-    if found.origin is not None or not _all_bad(gradients):
-        return found
+    if clues.own_is_bad is False and are_all_bad(gradients):
+        return Culprit(
+            evidence=forward.evidence,
+            message="not determined: the backward pass left gradients that are finite; something "
+            "was done to them between it and the step, such as a division by their norm",
+        )
+    return _of_backward(forward, handed, along, gradients, loss, clues)
+
+
+def _of_backward(
+    forward: Forward,
+    handed: Flag,
+    along: Culprit,
+    gradients: Sequence[ModuleGradient],
+    loss: float | None,
+    clues: Clues,
+) -> Culprit:
+    """Neither a forward pass nor a weight was bad, as far as is known."""
+    if handed is Flag.MINUS:
+        return Culprit(
+            near=(*border(gradients)[:1], LOSS),
+            message="not determined: what was handed back to some outputs of the model is finite "
+            "and to others is not: one of several losses, or between two outputs",
+        )
+    if along.origin is not None and handed is not Flag.BAD:
+        return along
+    if handed is not Flag.BAD and not are_all_bad(gradients):
+        return along
     if (first := _minus(forward.passes)) is not None:
         said = f"; the model puts out -inf, which {first} was the first to hold: masked on "
-        return _with(found, f"{said}purpose, or a logarithm of 0")
+        return _with(_undetermined(along), f"{said}purpose, or a logarithm of 0")
     if forward.unseen:
-        return _with(found, f"; {forward.unseen} forward passes of the step were not kept")
-    if not _is_known(forward):
-        return _with(found, "; what went in or came out of the model could not be looked into")
-    return _outside_of_the_model(found, gradients[0].module, loss, forward.evidence)
+        said = f"; {forward.unseen} forward passes of the step were not kept"
+        return _with(_undetermined(along), said)
+    if not _is_known(forward, inputs=handed is not Flag.BAD):
+        said = "; what went in or came out of the model could not be looked into"
+        return _with(_undetermined(along), said)
+    if handed is Flag.FINE:
+        if clues.own_is_bad is not True:
+            return _with(_undetermined(along), "; what was handed back to the model is finite: its "
+                         "backward pass, or what was done to gradients since")  # fmt: skip
+        return Culprit(
+            origin="gradient",
+            near=border(gradients)[:1] if clues.is_order_sure else (),
+            evidence=forward.evidence,
+            message="what was handed back to the model is finite and every gradient is not: its "
+            "backward pass went bad behind its outputs",
+        )
+    if forward.ungraded:
+        said = f"; {forward.ungraded} forward passes without gradients were not looked into"
+        return _with(_undetermined(along), said)
+    first_module = gradients[0].module if clues.is_order_sure and gradients else "the model"
+    return _outside_of_the_model(along, first_module, loss, forward.evidence)
 
 
-def _is_known(forward: Forward) -> bool:
-    """Whether every pass of the step is known to be fine."""
-    fine = all(one.inputs is Flag.FINE and one.outputs is Flag.FINE for one in forward.passes)
+def _undetermined(found: Culprit) -> Culprit:
+    if found.origin is None:
+        return found
+    return Culprit(near=found.near, message=f"not determined: {found.message}")
+
+
+def _handed(passes: Sequence[Pass]) -> Flag:
+    """What all passes together were handed back: MINUS where some of it is bad and some is not."""
+    flags = [flag for one in passes for flag in one.handed]
+    if not flags or not all(one.handed for one in passes):
+        return Flag.UNKNOWN
+    by_pass = [set(one.handed) for one in passes]
+    if all(flag is Flag.FINE for flag in flags):
+        return Flag.FINE
+    return Flag.MINUS if any(len(of_one) > 1 for of_one in by_pass) else Flag.BAD
+
+
+def _is_known(forward: Forward, *, inputs: bool = True) -> bool:
+    """Whether every pass of the step is known to be fine.
+
+    Args:
+        inputs: whether what the model was called with counts, too.
+    """
+    fine = all(
+        one.outputs is Flag.FINE and (not inputs or one.inputs in (Flag.FINE, Flag.MASK))
+        for one in forward.passes
+    )
     return fine and not forward.unseen
 
 
 def _minus(passes: Sequence[Pass]) -> str | None:
     """Who held -inf first, in a pass in which the model puts it out."""
     for one in passes:
-        if one.outputs is Flag.MINUS:
-            return next((name_of(c.module) for c in one.calls if c.outputs is Flag.MINUS), "it")
+        if one.outputs in MASKED:
+            return next((name_of(c.module) for c in one.calls if c.outputs in MASKED), "it")
     return None
-
-
-def _all_bad(gradients: Sequence[ModuleGradient]) -> bool:
-    """Whether gradients are bad from the first one of the backward pass on."""
-    if not gradients or gradients[0].bias_only:
-        return False
-    return not any(one.is_finite for one in gradients)
 
 
 def _outside_of_the_model(
     found: Culprit, first: str, loss: float | None, evidence: Evidence
 ) -> Culprit:
-    """Every gradient is bad, and what the model puts out is finite."""
+    """Every gradient is bad or what the model was handed back is, and what it puts out is not."""
     if loss is None:
         return _with(
             found, "; what the model puts out is finite, so that it is the loss or its gradient"
@@ -164,139 +239,54 @@ def _outside_of_the_model(
             origin="gradient",
             near=(first, LOSS),
             evidence=evidence,
-            message=f"the loss is finite ({loss:.4g}), so is what the model puts out, and every "
-            f"gradient is not: the backward pass went bad between the loss and {first}",
+            message=f"the loss is finite ({loss:.4g}), so is what the model puts out, and what it "
+            f"was handed back is not: the backward pass went bad between the loss and {first}, or "
+            "in a loss that was not logged",
         )
     return Culprit(
         origin="loss",
         evidence=evidence,
-        message=f"the loss is {loss} and what the model puts out is finite: look at the targets "
-        "and the loss function",
+        message=f"the loss is {loss} and what the model puts out is finite: look at the targets, "
+        "the loss function and, where it is behind another model, at that",
     )
 
 
-def modules_of(
-    parameters: Sequence[str], finite: Sequence[bool], order: Sequence[int]
-) -> tuple[ModuleGradient, ...]:
-    """The gradients of modules in backward order, from those of parameters.
-
-    Args:
-        parameters: names, of all [P].
-        finite: [P] whether the gradient of each is finite.
-        order: places of those parameters whose place in the backward pass is known.
-    """
-    members: dict[str, list[int]] = {}
-    for place in order:
-        members.setdefault(parameters[place].rpartition(".")[0], []).append(place)
-    found = []
-    for module, places in members.items():
-        is_bias = [parameters[i].rpartition(".")[2].startswith("bias") for i in places]
-        biases = [finite[i] for i, bias in zip(places, is_bias, strict=True) if bias]
-        others = [finite[i] for i, bias in zip(places, is_bias, strict=True) if not bias]
-        bias_only = bool(biases) and all(biases) and not all(others)
-        found.append(
-            ModuleGradient(
-                name_of(module),
-                all(finite[i] for i in places),
-                bias_only=bias_only,
-                bias_too=not all(biases),
-            )
-        )
-    return tuple(found)
-
-
-def of_gradients(
-    gradients: Sequence[ModuleGradient], loss: float | None, *, forward_is_fine: bool = False
-) -> Culprit:
-    """Where along the backward pass gradients went bad, where that can be told from them.
-
-    Args:
-        forward_is_fine: whether all that the model was given and has put out is known to be finite.
-    """
-    if not gradients:
-        return Culprit(message="not determined: gradients hold NaN or inf, and the order of their "
-                       "backward pass is not known")  # fmt: skip
-    bad = [one.module for one in gradients if not one.is_finite]
-    if not bad:
-        return Culprit(message="not determined: the gradient of every module is finite")
-    first = next(i for i, one in enumerate(gradients) if not one.is_finite)
-    module, behind = gradients[first].module, gradients[first + 1 :]
-    if gradients[first].bias_only:
-        return Culprit(
-            near=(module,),
-            message=f"not determined: the gradient of {module}'s bias is finite and that of its "
-            "weight is not, so that what it was given in the forward pass was not finite, or too "
-            "large for the precision of its gradient",
-        )
-    if first > 0 and (loss is None or not math.isfinite(loss)):
-        said = "no loss was logged before the step" if loss is None else f"the loss is {loss}"
-        return Culprit(
-            near=(module, gradients[first - 1].module),
-            message=f"not determined: the gradient of {module} is the first that holds NaN or inf, "
-            f"behind {gradients[first - 1].module}, and {said}: a backward pass that went bad, or "
-            "one of several losses",
-        )
-    # A bad input spoils the gradient of one weight, a bad gradient those of all behind it too.
-    witnessed = gradients[first].bias_too or forward_is_fine
-    if len(bad) == 1 and not witnessed:
-        return Culprit(
-            near=(module,),
-            message=f"not determined: the gradient of {module} holds NaN or inf, and that of no "
-            "other module: what it was given, or what it was handed back",
-        )
-    if len(bad) == 1 and behind:
-        return Culprit(
-            origin="gradient",
-            module=module,
-            near=(module,),
-            message=f"the gradient of {module} holds NaN or inf, and that of no other module",
-        )
-    if any(one.is_finite for one in behind):
-        return Culprit(
-            near=tuple(bad[:LISTED]),
-            message=f"not determined: the gradients of {len(bad)} modules that are not in one row "
-            f"hold NaN or inf, first {module}",
-        )
-    if first > 0:
-        after = gradients[first - 1].module
-        return Culprit(
-            origin="gradient",
-            module=module,
-            near=(module, after),
-            message=f"the backward pass went bad between {after}, whose gradient is finite, and "
-            f"{module}, whose gradient is the first that holds NaN or inf",
-        )
-    if loss is not None and math.isfinite(loss):
-        return Culprit(
-            near=(module, LOSS),
-            message=f"not determined: the loss is finite ({loss:.4g}) and every gradient is not: "
-            f"the backward pass went bad between the loss and {module}, or a forward pass held "
-            "something that the loss masks",
-        )
-    said = "no loss was logged before the step" if loss is None else f"the loss is {loss}"
-    return Culprit(message=f"not determined: every gradient holds NaN or inf, and {said}")
-
-
-def _of_passes(forward: Forward, bad_weights: Sequence[str]) -> Culprit | None:
+def _of_passes(
+    forward: Forward, bad_weights: Sequence[BadWeight] | None, loss: float | None
+) -> Culprit | None:
     """What the first bad pass says; None where all of them are fine."""
     count = len(forward.passes) + forward.unseen
     for number, one in enumerate(forward.passes, start=1):
         which = f" (forward pass {number} of {count})" if count > 1 else ""
-        if one.inputs is Flag.BAD:
+        # What the model keeps from its outputs does not make the loss bad.
+        is_kept_in = one.outputs is not Flag.BAD and _is_behind(one, loss)
+        if one.inputs is Flag.BAD and not is_kept_in:
             said = f"what the model was called with holds NaN or inf{which}"
             return Culprit(origin="input", message=said)
+        if one.calls and one.calls[-1].inputs is Flag.BAD and one.inputs <= Flag.MASK:
+            said = "what the model was called with is finite, and not what reached it"
+            return Culprit(message=f"not determined: {said}: what wraps it, or a hook{which}")
         again = number - 1 == forward.repeated
         found = of_forward(one.calls, bad_weights) if one.calls else None
-        if again and (found is None) != (one.outputs is not Flag.BAD):
+        if again and (found is None) != (one.outputs is not Flag.BAD) and not is_kept_in:
             return _not_repeated(one, found, which)
-        if found is not None:
+        if found is not None and not is_kept_in:
             return _with(found, which)
         if one.outputs is Flag.BAD:
-            found = _of_weights(bad_weights) or Culprit(message="not determined: the model put out "
-                                                        "NaN or inf of finite inputs")  # fmt: skip
+            found = of_weights(bad_weights or ()) or Culprit(
+                message="not determined: the model put out NaN or inf, and no module is known to "
+                "have made it of finite inputs"
+            )
             why = "its batch was not kept" if forward.repeated is not None else forward.unknown
             return _with(found, f"{which}; {why}" if why else which)
     return None
+
+
+def _is_behind(one: Pass, loss: float | None) -> bool:
+    """Whether it is behind the model that something was bad."""
+    if loss is not None and not math.isfinite(loss):
+        return True
+    return bool(one.handed) and all(flag is Flag.BAD for flag in one.handed)
 
 
 def _not_repeated(one: Pass, found: Culprit | None, which: str) -> Culprit | None:
@@ -310,22 +300,6 @@ def _not_repeated(one: Pass, found: Culprit | None, which: str) -> Culprit | Non
         message=f"not determined: the model put out {was}, and {then} when run again with the same "
         f"batch{which}: a fault that does not come again, such as one of the hardware, or a model "
         "that depends on more than its batch"
-    )
-
-
-def _of_weights(bad_weights: Sequence[str]) -> Culprit | None:
-    """Weights that were bad before the update, where no forward pass tells which was first."""
-    if not bad_weights:
-        return None
-    named = [name_of(module) for module in bad_weights]
-    names = ", ".join(named[:LISTED]) + (", ..." if len(named) > LISTED else "")
-    alone = len(named) == 1
-    return Culprit(
-        origin="weight",
-        module=named[0] if alone else None,
-        near=tuple(named[:LISTED]),
-        message=f"weights of {names} hold NaN or inf before the update"
-        + ("" if alone else f": {len(named)} modules, so that the first is not known"),
     )
 
 

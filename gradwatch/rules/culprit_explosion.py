@@ -3,8 +3,8 @@
     norms [T, L] before the episode and in it, layers in backward order  ->  Culprit
 
 The update was made, so nothing can be looked at again, and a growth that begins at a layer may come
-from the weights before it: no module is named. The loss is, where it was logged before the step and
-has grown as every layer has.
+from the weights before it: nothing is named. That the loss has grown as every layer has is said
+where it was logged before the step; an exponential of the weights would make it do so, too.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def of_explosion(
     spread = [ratio / grown for _, ratio in known] if math.isfinite(grown) else []
     if grown > GROWN and all(1 / ALIKE < one < ALIKE for one in spread):
         return Culprit(
-            origin="loss",
-            message=f"the loss is {grown:.3g}x its median, and every gradient has grown alike: "
-            f"{in_order}",
+            near=("the loss",),
+            message=f"the loss is {grown:.3g}x its median, and every gradient has grown with it: "
+            f"targets, scale, or an exponential of what the model puts out; {in_order}",
         )
     said = "" if math.isfinite(grown) else "; no loss was logged before the step"
     return Culprit(near=(known[0][0],), message=f"{in_order}{said}")

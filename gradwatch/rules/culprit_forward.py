@@ -13,36 +13,40 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from gradwatch.records import Culprit
+from gradwatch.rules.culprit_weights import LISTED, BadWeight, name_of, owner
 
-__all__ = ["Call", "Flag", "flag_of", "name_of", "of_forward", "worst"]
+__all__ = ["MASKED", "Call", "Flag", "flag_of", "of_forward", "worst"]
 
 
 class Flag(IntEnum):
     """What a set of values holds at worst."""
 
     FINE = 0
-    """Finite values, or an attention mask: nothing but 0 and -inf at its ends."""
+    """Finite values."""
 
-    UNKNOWN = 1
+    MASK = 1
+    """From -inf to 0, as an attention mask or the logarithm of a probability."""
+
+    UNKNOWN = 2
     """Something that was not looked into."""
 
-    MINUS = 2
-    """-inf beside finite values: the logarithm of 0, or something masked on purpose."""
+    MINUS = 3
+    """-inf beside other values: the logarithm of 0, or something masked on purpose."""
 
-    BAD = 3
+    BAD = 4
     """NaN or inf."""
 
 
-def flag_of(low: float, high: float, *, masks: bool = True) -> Flag:
-    """From the least and the largest value, both NaN where any is.
+MASKED = (Flag.MASK, Flag.MINUS)
+"""Where -inf may be meant."""
 
-    Args:
-        masks: whether nothing but 0 and -inf is taken for an attention mask.
-    """
+
+def flag_of(low: float, high: float) -> Flag:
+    """From the least and the largest value, both NaN where any is."""
     if math.isnan(low) or math.isnan(high) or high == math.inf:
         return Flag.BAD
-    if low == -math.inf and not (masks and high == 0):
-        return Flag.MINUS
+    if low == -math.inf:
+        return Flag.MASK if high == 0 else Flag.MINUS
     return Flag.FINE
 
 
@@ -64,15 +68,15 @@ class Call:
     """Calls that had ended when this one began: those after it are inside of it."""
 
 
-def of_forward(calls: Sequence[Call], bad_weights: Sequence[str] = ()) -> Culprit | None:
+def of_forward(
+    calls: Sequence[Call], bad_weights: Sequence[BadWeight] | None = ()
+) -> Culprit | None:
     """The first module that makes bad outputs of good inputs; None where none does.
 
     Args:
         calls: of one pass; not empty.
-        bad_weights: modules that hold weights that are not finite.
+        bad_weights: None where they are not known.
     """
-    if calls[-1].inputs is Flag.BAD:
-        return Culprit(origin="input", message="what the model was called with holds NaN or inf")
     makes_bad = (
         i for i, c in enumerate(calls) if c.outputs is Flag.BAD and c.inputs is not Flag.BAD
     )
@@ -80,34 +84,37 @@ def of_forward(calls: Sequence[Call], bad_weights: Sequence[str] = ()) -> Culpri
     if first is None:
         return None
     call = calls[first]
-    name, guilty = name_of(call.module), _owner(call.module, bad_weights)
+    if bad_weights is None:
+        name = name_of(call.module)
+        return Culprit(
+            near=(name,),
+            message=f"not determined: the outputs of {name} hold NaN or inf while its inputs are "
+            "finite: its weights or its forward pass; an update was made before the host knew",
+        )
+    name, guilty = name_of(call.module), owner(call.module, bad_weights)
     if guilty is not None and len(bad_weights) > 1:
         return Culprit(
             origin="weight",
-            near=tuple(name_of(one) for one in bad_weights[:5]),
+            near=tuple(name_of(one.modules[0]) for one in bad_weights[:LISTED]),
             message=f"weights of {len(bad_weights)} modules hold NaN or inf, so that the first is "
             f"not known; the outputs of {name} are the first that do",
         )
     if bad_weights and guilty is None:
         return Culprit(
-            near=(name, name_of(bad_weights[0])),
+            near=(name, name_of(bad_weights[0].modules[0])),
             message=f"not determined: the outputs of {name} hold NaN or inf while its inputs are "
-            f"finite, and weights of {name_of(bad_weights[0])} do, which it may use",
+            f"finite, and weights of {bad_weights[0].named} do, which it may use",
         )
     if guilty is not None:
-        how = "and so do its outputs" if guilty == name else f"and so do the outputs of {name}"
+        owned = call.module in guilty.modules
+        how = "and so do its outputs" if owned else f"and so do the outputs of {name}"
         return Culprit(
-            origin="weight", module=guilty, message=f"weights of {guilty} hold NaN or inf, {how}"
+            origin="weight",
+            module=name_of(guilty.modules[0]),
+            message=f"weights of {guilty.named} hold NaN or inf, {how}",
         )
-    reach = calls[:first] if call.inputs is Flag.MINUS else calls[call.entered : first]
-    earlier = next((c for c in reach if c.outputs is Flag.MINUS), None)
-    if earlier is not None or call.inputs is Flag.MINUS:
-        source = "its inputs" if earlier is None else f"the outputs of {name_of(earlier.module)}"
-        return Culprit(
-            near=(name,) if earlier is None else (name_of(earlier.module), name),
-            message=f"not determined: {name} puts out NaN or inf, and {source} held -inf before: "
-            "something masked, or a logarithm of 0",
-        )
+    if (masked := _masked(calls, first)) is not None:
+        return masked
     if call.inputs is Flag.UNKNOWN:
         return Culprit(
             near=(name,),
@@ -125,16 +132,22 @@ def of_forward(calls: Sequence[Call], bad_weights: Sequence[str] = ()) -> Culpri
     )
 
 
-def name_of(module: str) -> str:
-    return module or "(model)"
-
-
-def _owner(module: str, bad_weights: Sequence[str]) -> str | None:
-    """The one module with bad weights that is this one or a part of it."""
-    if module in bad_weights:
-        return name_of(module)
-    parts = [name for name in bad_weights if not module or name.startswith(f"{module}.")]
-    return parts[0] if parts else None
+def _masked(calls: Sequence[Call], first: int) -> Culprit | None:
+    """What went before a call that may be meant, and of which NaN is made where it meets the end of
+    a row or another infinity."""
+    call = calls[first]
+    is_given = call.inputs in MASKED
+    reach = calls[:first] if is_given else calls[call.entered : first]
+    earlier = next((c for c in reach if c.outputs in MASKED), None)
+    if earlier is None and not is_given:
+        return None
+    name = name_of(call.module)
+    source = "its inputs" if earlier is None else f"the outputs of {name_of(earlier.module)}"
+    return Culprit(
+        near=(name,) if earlier is None else (name_of(earlier.module), name),
+        message=f"not determined: {name} puts out NaN or inf, and {source} held -inf before: "
+        "a mask that leaves nothing of a row, or a logarithm of 0",
+    )
 
 
 def _inside(calls: Sequence[Call], index: int) -> tuple[str, ...]:

@@ -18,9 +18,9 @@ from gradwatch.rules.clipping import Decision, Limit, Norms, Rule
 
 __all__ = ["Reading", "compared", "least", "overflowed", "pack", "unapplied", "unpack"]
 
-PLAIN = 5
-"""Numbers that come first: both total norms, the loss scale, whether a scaler drops the step, and
-the norm of the first micro-batch."""
+PLAIN = 6
+"""Numbers that come first: both total norms, the loss scale, whether a scaler drops the step, the
+norm of the first micro-batch, and whether a finding of any process ends the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,9 @@ class Reading:
 
     first_norm: float = math.nan
     """Of the first micro-batch, still multiplied by the loss scale; NaN where not measured."""
+
+    stopping: bool = False
+    """Whether a finding of any of several processes is to end the run."""
 
 
 def overflowed(limits: Sequence[float | Limit]) -> Reading:
@@ -107,12 +110,14 @@ def pack(
     xp: Arrays,
     measures: Sequence[Vector] = (),
     first_norm: Any = None,
+    stopping: Any = None,
 ) -> Vector:
     """All of a reading as one vector, without reading the device; None for what there is not."""
     plain = [decision.total_norm, decision.total_norm_clipped]
     plain += [xp.full_like(plain[0], math.nan) if scale is None else scale]
     plain += [xp.full_like(plain[0], 0.0) if found_inf is None else found_inf]
     plain += [xp.full_like(plain[0], math.nan) if first_norm is None else first_norm]
+    plain += [xp.full_like(plain[0], 0.0) if stopping is None else stopping]
     numbers = [
         least(limit) if isinstance(limit, Limit) else xp.full_like(plain[0], limit)
         for limit in limits
@@ -122,7 +127,9 @@ def pack(
 
 def unpack(vector: Any, num_rules: int, num_measures: int = 0) -> Reading:
     """The reading that was packed into a vector, which is on the host now."""
-    total_norm, total_norm_clipped, scale, found_inf, first = (float(x) for x in vector[:PLAIN])
+    total_norm, total_norm_clipped, scale, found_inf, first, stopping = (
+        float(x) for x in vector[:PLAIN]
+    )
     behind = PLAIN + 2 * num_rules
     norms_Q, kept_Q, *measures = np.split(
         np.asarray(vector[behind:], dtype=np.float32), 2 + num_measures
@@ -138,4 +145,5 @@ def unpack(vector: Any, num_rules: int, num_measures: int = 0) -> Reading:
         loss_scale=scale,
         overflow=found_inf != 0,
         first_norm=first,
+        stopping=stopping != 0,
     )

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from gradwatch.accumulation import MicroBatch, Window
-from gradwatch.errors import PolicyError
+from gradwatch.errors import GradwatchError, PolicyError
 from gradwatch.saying import say
 from gradwatch.torch.gradients import drop
 from gradwatch.torch.noise import FirstMicroBatch
+from gradwatch.torch.reduction import Reduction
 from gradwatch.torch.stash import HALF, Stash
 
 __all__ = ["MarkedLoop", "UnchangedLoop"]
@@ -28,25 +29,57 @@ class MarkedLoop:
     """The micro-batches of `watch.micro_batches`."""
 
     def __init__(
-        self, parameters: Sequence[torch.nn.Parameter], window: Window, first: FirstMicroBatch
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        window: Window,
+        first: FirstMicroBatch,
+        reduction: Reduction,
     ) -> None:
         self._window = window
         self._first = first
+        self._reduction = reduction
         self._parameters = list(parameters)
         self._sums = Stash(parameters, only_half=True)
+        self._has_given_back = False
+        window.agree = reduction.mean_weight if reduction.asks else None
 
     @property
     def holds_sums(self) -> bool:
-        return bool(self._sums)
+        """Whether part of the window that is due is not in `.grad`."""
+        return bool(self._sums) or (self._reduction.is_held and self._reduction.keeps_whole)
 
     def extend(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """More parameters behind the ones of before."""
         self._parameters = list(parameters)
         self._sums.extend(parameters)
 
+    def begin(self, loader: object, partial: str) -> None:
+        """
+        Raises:
+            GradwatchError: processes would take other numbers of steps.
+        """
+        if self._reduction.asks:
+            self._reduction.refuse_other_windows(loader, self._window, partial)
+
+    @torch.no_grad()
+    def began(self, micro: MicroBatch[Any]) -> None:
+        """Before the forward pass of a micro-batch."""
+        self._has_given_back = False
+        if not micro.syncs:
+            self._reduction.hold()
+        elif self._reduction.is_held and self._sums:
+            self._has_given_back = True
+            self._sums.give_back(None)  # of this process alone: to be reduced with the last ones
+
     @torch.no_grad()
     def ended(self, micro: MicroBatch[Any]) -> None:
         """Behind the backward pass of a micro-batch."""
+        self._reduction.release()
+        if micro.syncs and not micro.failed:
+            self._reduction.is_held = False
+        if micro.failed and self._has_given_back:
+            self._sums.take(None)
+            return
         if micro.failed:
             drop([p for p in self._parameters if p.grad is not None and p.grad.dtype in HALF])
             return
@@ -58,6 +91,17 @@ class MarkedLoop:
             self._sums.give_back(None)
 
     def clear(self) -> None:
+        """
+        Raises:
+            GradwatchError: what is held back cannot be dropped.
+        """
+        if self._reduction.is_held and self._reduction.keeps_whole:
+            raise GradwatchError(
+                "the loop was left in the middle of a window under accumulate.sync: boundary, and "
+                "fully_shard keeps its gradients where they cannot be dropped. End the window "
+                "first, say partial: carry, or leave sync out"
+            )
+        self._reduction.is_held = False
         self._sums.clear()
 
 
@@ -65,10 +109,15 @@ class UnchangedLoop:
     """`drive: hook` of a loop that does not call `watch.micro_batches`."""
 
     def __init__(
-        self, parameters: Sequence[torch.nn.Parameter], window: Window, first: FirstMicroBatch
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        window: Window,
+        first: FirstMicroBatch,
+        reduction: Reduction,
     ) -> None:
         self._parameters = list(parameters)
         self._window = window
+        self._reduction = reduction
         self._first = first
         self._stash = Stash(parameters)
         self._ending = False
@@ -96,6 +145,11 @@ class UnchangedLoop:
             raise PolicyError(
                 "accumulate.weigh: weight needs the weight of each loss, which an unchanged loop "
                 "does not give. Use watch.micro_batches"
+            )
+        if self._reduction.holds_back and self._window.holds_back:
+            raise PolicyError(
+                "accumulate.sync: boundary is for a loop over watch.micro_batches, which knows the "
+                "end of a window before its forward pass. In an unchanged loop leave sync out"
             )
         if self._window.target is not None:
             raise PolicyError(

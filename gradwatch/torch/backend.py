@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,13 @@ from gradwatch.rules.arrays import Arrays, Vector
 from gradwatch.rules.clipping import Rule
 from gradwatch.rules.culprit import Clues
 from gradwatch.torch.arrays import HostArrays, TorchArrays
-from gradwatch.torch.culprit import ClueFinder
+from gradwatch.torch.culprit import ClueFinder, SeenStep
 from gradwatch.torch.fused import FusedSwitches
 from gradwatch.torch.gradients import Gradients, clamp, drop, gather, scale, zero_above
 from gradwatch.torch.measure import Buckets, measure, refined, smallest_trusted
-from gradwatch.torch.passes import Seen
+from gradwatch.torch.own_gradient import Own, OwnGradient
 from gradwatch.torch.plan import ON_HOST, Plan
+from gradwatch.torch.ranks import Ranks
 from gradwatch.torch.readback import Readback
 from gradwatch.torch.sampling import Sampler
 from gradwatch.torch.units import scale_units, unit_norms
@@ -59,6 +60,13 @@ class TorchBackend:
         self._sampler: Sampler | None = None
         self.finder = finder
         """What looks for the culprit of a step that is not finite; nobody does where it is None."""
+
+        self.own: OwnGradient | None = None
+        """What looks at gradients as a backward pass leaves them."""
+
+        self._own_step = Own()
+        self.ranks: Ranks | None = None
+        """This process among others; None where it is alone."""
 
         self._readback = readback
         if readback is None and not plan.reads_host:
@@ -156,11 +164,28 @@ class TorchBackend:
         found = None if self._sampler is None else self._sampler.after()
         return found.cpu().numpy() if found is not None and self.reads_host else found
 
-    def seen(self) -> Seen | None:
-        return None if self.finder is None else self.finder.seen()
+    def seen(self) -> SeenStep:
+        order = () if self.finder is None else self.finder.order
+        self._own_step = Own() if self.own is None else self.own.take(order)
+        return SeenStep() if self.finder is None else self.finder.seen(self._own_step.is_bad)
 
-    def clues(self, seen: Seen | None, *, is_over: bool) -> Clues:
+    def was_finite(self, seen: SeenStep) -> None:
+        if self.finder is not None:
+            self.finder.was_finite(seen)
+
+    def clues(self, seen: SeenStep, *, is_over: bool) -> Clues:
         return Clues() if self.finder is None else self.finder.clues(seen, is_over=is_over)
+
+    def confer(self, step: int, word: bytes) -> Sequence[bytes | None]:
+        return () if self.ranks is None else self.ranks.confer(step, word)
+
+    def sample_ranks(self, step: int, scale: float) -> None:
+        """What several processes compare, of a step that was handled."""
+        if self.ranks is None:
+            return
+        self.ranks.sampled(step, self._own_step.norm, scale, self._to_host)
+        if self.own is not None and self.ranks.samples(step + 1):
+            self.own.sample()
 
     def order(self) -> Sequence[int]:
         """Parameters in the order of a backward pass; none before the first step."""
@@ -284,9 +309,24 @@ class TorchBackend:
         if self.switches is not None:
             self.switches.disarm()
 
+    def _to_host(self, vector: torch.Tensor, then: Callable[[Any], None]) -> None:
+        if vector.device.type == "cpu":
+            then(vector.numpy())
+        elif self._readback is None:
+            then(vector.cpu().numpy())
+        else:
+            self.send(vector, then)
+
     def send(self, packed: torch.Tensor, what: Any) -> None:
         assert self._readback is not None
         self._readback.send(packed, what)
+
+    def sends(self, value: Any, come: Callable[[Any], None]) -> bool:
+        """Whether a number is on an accelerator that is not read; it comes to the host later."""
+        if self.reads_host or not isinstance(value, torch.Tensor) or value.device == CPU:
+            return False
+        self.send(value.detach().reshape(1).float(), come)
+        return True
 
     def arrived(self, *, wait: bool) -> Iterable[tuple[Any, Any]]:
         return () if self._readback is None else self._readback.arrived(wait=wait)

@@ -26,6 +26,10 @@ EXTRAS = ("failed", "stopping", "weight", "planned", "loss")
 """What a process adds to its norms, by the names of `Word`."""
 
 
+# The same under its newer name; the old one warns of it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Whole:
     """What all processes have together."""
@@ -57,6 +61,9 @@ class Exchange:
         self._owned = torch.tensor(share.owned, dtype=torch.float64, device=device)
         self._places = torch.tensor(share.places, dtype=torch.int64, device=device)
         self._steps = 0
+        self.joined = False
+        """Whether this process has taken part in the collective of the step that is due."""
+
         self.broken = ""
         """Why no further collective is tried."""
 
@@ -87,13 +94,23 @@ class Exchange:
         }
         return Whole(whole, present_WP, *tables[:, -len(EXTRAS) :].unbind(1))
 
+    def numbers(self, value: float) -> list[float]:
+        """[W] one number of each process, outside a step.
+
+        Raises:
+            RanksMissing: as in a step.
+        """
+        table = torch.tensor([value], dtype=torch.float64, device=self.device)
+        numbers: list[float] = self._gathered(table).view(-1).tolist()
+        return numbers
+
     def join(self, keys: int) -> None:
         """Joins with nothing but the word that this process has failed.
 
         Args:
             keys: how many kinds of norms the others send.
         """
-        if self.broken:
+        if self.broken or self.joined:
             return
         size = (keys + 1) * self._num + len(EXTRAS)
         table = torch.zeros(size, dtype=torch.float64, device=self.device)
@@ -110,8 +127,10 @@ class Exchange:
         num, device = self._num, self.device
         rows = torch.zeros(len(order) + 1, num, dtype=torch.float64, device=device)
         everything = len(positions) == len(self._places)
-        chosen = slice(None) if everything else torch.tensor(list(positions), device=device)
-        places, owned = self._places[chosen], self._owned[chosen]
+        places, owned = self._places, self._owned
+        if not everything:
+            chosen = torch.tensor(list(positions), dtype=torch.int64, device=device)
+            places, owned = places[chosen], owned[chosen]
         for k, key in enumerate(order):
             values = norms[key].to(device, torch.float64)
             # A replica that is not finite on one process alone is not to go unseen.
@@ -126,10 +145,11 @@ class Exchange:
         if self.broken:
             raise RanksMissing(self.broken)
         self._steps += 1
+        self.joined = True
         size = self._share.size
         out = torch.empty(size * len(table), dtype=table.dtype, device=table.device)
         try:
-            dist.all_gather_into_tensor(out, table, group=self._share.group)
+            _all_gather(out, table, group=self._share.group)
         except Exception as error:
             missing = missing_ranks(self._share.group, str(self._steps))
             who = f"rank {', '.join(map(str, missing))}" if missing else "a rank"

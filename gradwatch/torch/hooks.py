@@ -89,6 +89,8 @@ class StepHooks:
     def _enter(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not optimizer.state and _is_no_step():
+            return None
         if self._depth and not _step_is_running(optimizer):
             self._depth = 0  # the post hook does not run when step raises
         self._depth += 1
@@ -117,6 +119,7 @@ class StepHooks:
 
         return evaluate_then_watch
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, *_: Any) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth == 0:
@@ -132,6 +135,17 @@ def _step_is_running(optimizer: torch.optim.Optimizer) -> bool:
             running += bool(frame.f_locals.get("args", (None,))[0] is optimizer)
         frame = frame.f_back  # type: ignore[assignment]
     return running > 1
+
+
+def _is_no_step() -> bool:
+    """Whether torch only wants an optimizer's state to be there, to load a checkpoint into it: it
+    then calls `step` with gradients of 0 at a learning rate of 0."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from gradwatch.errors import AttachError
 from gradwatch.records import Parameter
 from gradwatch.torch.containers import refuse_engine
 
-__all__ = ["COMPILED", "watched_parameters"]
+__all__ = ["COMPILED", "inner_model", "watched_parameters"]
 
 COMPILED = "_orig_mod."
 """What `torch.compile` puts before the names of the module it wraps."""
@@ -22,13 +22,14 @@ def watched_parameters(
     """The tensors to watch, in `named_parameters()` order, each with its description.
 
     With an optimizer these are the parameters it updates, those of the model first; without one,
-    all parameters of the model. A tied parameter is listed once, under its first name.
+    all parameters of the model. A tied parameter is listed once, under its first name. What wraps
+    the model, such as DistributedDataParallel, is no part of the names.
 
     Raises:
         AttachError: nothing is left to watch, or something keeps its gradients elsewhere.
     """
     names: dict[torch.nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in inner_model(model).named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name.replace(COMPILED, ""))
     _refuse_unwatchable(model, names)
     groups = dict.fromkeys(names, 0) if optimizer is None else dict(_grouped(optimizer))
@@ -57,6 +58,17 @@ def watched_parameters(
     return tensors, described
 
 
+def inner_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The model within `torch.compile` and what replicates it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, torch.nn.Module):
+            return model
+        model = inner
+
+
 def _refuse_unwatchable(model: torch.nn.Module, names: dict[torch.nn.Parameter, list[str]]) -> None:
     refuse_engine(model, "Attach to the plain module with its torch optimizer instead")
     for parameter, (name, *_) in names.items():
@@ -68,7 +80,7 @@ def _refuse_unwatchable(model: torch.nn.Module, names: dict[torch.nn.Parameter, 
         if type(parameter).__name__ == "FlatParameter":
             raise AttachError(
                 f"{name} is a flat parameter of FullyShardedDataParallel, which holds many layers "
-                "in one. Wrap with use_orig_params=True, or use fully_shard."
+                "in one. Use fully_shard."
             )
         if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
             raise AttachError(f"{name} has no shape yet. Run one batch through the model first.")

@@ -56,7 +56,8 @@ class Readback:
         while self._under_way:
             event, buffer, what = self._under_way[0]
             if self._lag is not None and not wait:
-                if len(self._under_way) <= self._lag:
+                # A process may send more beside its steps than another one.
+                if sum(not callable(sent) for _, _, sent in self._under_way) <= self._lag:
                     return
                 event.synchronize()
             elif wait or len(self._under_way) > MOST_UNDER_WAY:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from gradwatch.errors import AttachError, PolicyError
 from gradwatch.policy import Policy, SampleTarget
 from gradwatch.policy.locating import policy_error
+from gradwatch.saying import say
 from gradwatch.torch.updates import has_second_moments
 
-__all__ = ["accumulates_for_the_loop", "refuse_to_enforce", "refuse_unknown_updates"]
+__all__ = ["accumulates_for_the_loop", "is_captured", "refuse_to_enforce", "refuse_unknown_updates"]
 
 
 def refuse_to_enforce(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
@@ -39,6 +42,25 @@ def refuse_unknown_updates(policy: Policy, optimizer: torch.optim.Optimizer | No
         raise policy_error(rules[0].origin.source, [mistake])
 
 
+def is_captured(device: torch.device, *, enforcing: bool) -> bool:
+    """Whether the step that is due goes into a CUDA graph, whose replays run no hook.
+
+    Raises:
+        PolicyError: the policy would hold at none of them.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return False
+    said = (
+        "this optimizer step is being captured in a CUDA graph, and no hook runs when a graph is "
+        "replayed: it would be neither measured nor clipped. Capture forward and backward alone, "
+        "and call optimizer.step() behind the replay"
+    )
+    if enforcing:
+        raise PolicyError(said)
+    say(logging.WARNING, "%s", said)
+    return True
+
+
 def accumulates_for_the_loop(policy: Policy) -> bool:
     """
     Raises:
@@ -47,6 +69,11 @@ def accumulates_for_the_loop(policy: Policy) -> bool:
     accumulate = policy.accumulate
     if accumulate is None:
         return False
+    if accumulate.drive == "loop" and accumulate.sync is not None:
+        raise PolicyError(
+            f"{policy.source}: accumulate.sync says when gradients are reduced, which is the "
+            "loop's under drive: loop. Leave it out, or use watch.micro_batches with drive: hook"
+        )
     if accumulate.drive == "loop" and isinstance(accumulate.steps, SampleTarget):
         raise PolicyError(
             f"{policy.source}: accumulate.steps: {{target: ...}} counts samples, which drive: loop "

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradwatch.backend import Agreed, RanksFailed, Word
+from gradwatch.backend import Agreed, RanksFailed, RanksMissing, Word
 from gradwatch.rules.arrays import Vector
 from gradwatch.rules.clipping import LOSS, Rule
 from gradwatch.rules.culprit import Clues
 from gradwatch.torch.backend import TorchBackend
+from gradwatch.torch.culprit import SeenStep
 from gradwatch.torch.exchange import Exchange, device_for
 from gradwatch.torch.gradients import Gradients
-from gradwatch.torch.passes import Seen
 from gradwatch.torch.plan import Plan
 from gradwatch.torch.readback import Readback
 from gradwatch.torch.sampling import Sampler
@@ -53,14 +53,15 @@ class SharedBackend(TorchBackend):
         self._exchange = Exchange(share, device_for(share.group, parameters[0].device))
         self._everywhere = bytes([1]) * len(share.parameters)
         self._places = np.array(share.places, dtype=np.intp)
-        self._joined = False
+
+    def seen(self) -> SeenStep:
+        self._exchange.joined = False  # the first that is asked in a step
+        return super().seen()
 
     def gather(self, factor: float = 1.0) -> Gradients:
-        self._joined = False
         return replace(super().gather(1.0), everywhere=self._everywhere)
 
     def agree(self, gradients: Gradients, norms: dict[float | str, Vector], word: Word) -> Agreed:
-        self._joined = True
         sent = {key: torch.as_tensor(values) for key, values in norms.items() if key != LOSS}
         whole = self._exchange(sent, self._here(gradients), word)
         failed = whole.failed_W != 0
@@ -68,6 +69,13 @@ class SharedBackend(TorchBackend):
             ranks = ", ".join(str(int(rank)) for rank in failed.nonzero())
             raise RanksFailed(f"rank {ranks} could not measure or apply: nobody decides this step")
         factor: Any = _factor(whole.weight_W, whole.planned_W)
+        failed = failed | torch.isnan(factor)
+        if self._exchange.device.type == "cpu" and bool(failed.any()):
+            raise RanksMissing(
+                "ranks divide the losses of a window by different numbers "
+                f"({', '.join(f'{planned:g}' for planned in whole.planned_W.tolist())}), so that "
+                "their sum is no mean. Load the same state on every rank, at the same step"
+            )
         agreed: dict[float | str, Vector] = {
             key: values * factor if isinstance(key, float) else values
             for key, values in whole.norms.items()
@@ -78,15 +86,22 @@ class SharedBackend(TorchBackend):
             agreed[LOSS] = whole.loss_W.mean()
         if not self.reads_host:
             agreed = {key: values.to(self._device) for key, values in agreed.items()}
-            return Agreed(replace(gradients, factor=factor.to(self._device)), agreed)
+            stopping = whole.stopping_W.amax().to(self._device)
+            return Agreed(replace(gradients, factor=factor.to(self._device)), agreed, stopping)
         agreed = {key: values.cpu().numpy() for key, values in agreed.items()}
         gradients = replace(gradients, factor=float(factor))
         return Agreed(gradients, agreed, bool(whole.stopping_W.any()))
 
+    def numbers(self, value: float) -> list[float]:
+        """[W] one number of each process, outside a step.
+
+        Raises:
+            RanksMissing: somebody did not come.
+        """
+        return self._exchange.numbers(value)
+
     def abandon(self, num_keys: int) -> None:
-        if not self._joined:
-            self._joined = True
-            self._exchange.join(num_keys)
+        self._exchange.join(num_keys)
 
     def touch(
         self, gradients: Gradients, rule: Rule, values: Vector, over: Vector, apply: bool
@@ -128,7 +143,7 @@ class SharedBackend(TorchBackend):
         spread[:, torch.from_numpy(self._places).to(found.device)] = found
         return spread
 
-    def clues(self, seen: Seen | None, *, is_over: bool) -> Clues:
+    def clues(self, seen: SeenStep, *, is_over: bool) -> Clues:
         found = super().clues(seen, is_over=is_over)
         return replace(found, order=[int(self._places[i]) for i in found.order])
 
@@ -152,7 +167,12 @@ class SharedBackend(TorchBackend):
 
 
 def _factor(weight_W: torch.Tensor, planned_W: torch.Tensor) -> torch.Tensor:
-    """R N* over the sum of the weights: what the average over R processes is multiplied by."""
-    total = weight_W.sum()
-    factor = planned_W.mean() * len(weight_W) / total
-    return torch.where(total > 0, factor, torch.ones_like(factor))
+    """R N* over the sum of the weights: what the average over R processes is multiplied by.
+
+    1 where each process has weighed its own already; NaN where they have not the same N*.
+    """
+    total, planned = weight_W.sum(), planned_W.max()
+    differs = (weight_W > 0) & ((planned_W - planned).abs() > 1e-9 * planned)
+    factor = torch.where(differs.any(), torch.nan, planned * len(weight_W) / total)
+    is_weighed = (planned_W == weight_W).all()
+    return torch.where(is_weighed | (total <= 0), torch.ones_like(factor), factor)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from gradwatch.errors import AttachError
 from gradwatch.records import Parameter
+from gradwatch.rules.detect_ranks import Pieces
 
 __all__ = [
     "ATTACH_SECONDS",
@@ -28,12 +29,17 @@ __all__ = [
     "is_sharded",
     "local",
     "missing_ranks",
+    "name_of",
     "shared_by",
+    "store_of_processes",
     "world_size",
 ]
 
 ATTACH_SECONDS = 60.0
 """For which a process waits for the others to attach too."""
+
+WHOLE = "whole"
+"""Of a piece: that it is all of a plain tensor."""
 
 _attached = itertools.count()
 
@@ -56,6 +62,13 @@ class Share:
 
     is_split: bool
     """Whether any process lacks a part of what another one has: norms must be added up."""
+
+    pieces: Pieces
+    """Of all processes."""
+
+    apart: str = ""
+    """A parameter of which not every process has a part, or which is another one on each, where
+    there is such a one: what goes wrong with it is not seen by all of them."""
 
     agrees: bool = False
     """Whether the processes have to exchange anything in a step."""
@@ -84,6 +97,7 @@ def shared_by(
     described: Sequence[Parameter],
     group: Any = None,
     shard_keys: Mapping[str, Hashable] | None = None,
+    policy: str = "",
 ) -> Share:
     """Elects who counts what; every process of the group has to call it.
 
@@ -91,10 +105,11 @@ def shared_by(
         group: the processes that train together; None for all.
         shard_keys: by glob on names, which piece this process has of parameters that have the same
             name and shape on several processes but are different ones, such as experts.
+        policy: a hash of what each process does with what is measured.
 
     Raises:
-        AttachError: a process did not attach within a minute, or parameters are sums that were
-            never finished.
+        AttachError: a process did not attach within a minute, or with another policy, or
+            parameters are sums that were never finished.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     _wait_for_everyone(group, rank, size)
@@ -102,17 +117,32 @@ def shared_by(
         (parameter, _piece(tensor, parameter, shard_keys or {}))
         for tensor, parameter in zip(tensors, described, strict=True)
     ]
-    everyone: list[Any] = [None] * size
-    dist.all_gather_object(everyone, mine, group=group)
+    told: list[Any] = [None] * size
+    dist.all_gather_object(told, (policy, mine), group=group)
+    for other, (theirs, _) in enumerate(told):
+        if theirs != told[0][0]:
+            raise AttachError(
+                f"rank {other} has another policy than rank 0, and they would decide differently. "
+                "Pass the same policy on every rank"
+            )
+    everyone = [held for _, held in told]
     parameters: dict[str, Parameter] = {}
-    owners: dict[tuple[str, Hashable], int] = {}
-    holders: dict[tuple[str, Hashable], int] = {}
+    owners: dict[tuple[str, tuple[Hashable, ...]], int] = {}
+    holders: dict[tuple[str, tuple[Hashable, ...]], int] = {}
     for holder, held in enumerate(everyone):
         for parameter, piece in held:
             parameters.setdefault(parameter.name, parameter)
             owners.setdefault((parameter.name, piece), holder)
             holders[parameter.name, piece] = holders.get((parameter.name, piece), 0) + 1
+    plain = {name for (name, piece), count in holders.items() if WHOLE in piece and count < size}
+    on_ranks = [{parameter.name for parameter, _ in held} for held in everyone]
+    apart = (name for name in parameters if name in plain or any(name not in n for n in on_ranks))
     place = {name: i for i, name in enumerate(parameters)}
+    number = {piece: i for i, piece in enumerate(holders)}
+    pieces = Pieces(
+        tuple(tuple(place[one.name] for one, _ in held) for held in everyone),
+        tuple(tuple(number[one.name, piece] for one, piece in held) for held in everyone),
+    )
     return Share(
         rank=rank,
         size=size,
@@ -121,12 +151,14 @@ def shared_by(
         places=tuple(place[parameter.name] for parameter, _ in mine),
         owned=tuple(owners[parameter.name, piece] == rank for parameter, piece in mine),
         is_split=any(count < size for count in holders.values()),
+        apart=next(apart, ""),
+        pieces=pieces,
     )
 
 
 def _piece(
     tensor: torch.Tensor, parameter: Parameter, shard_keys: Mapping[str, Hashable]
-) -> Hashable:
+) -> tuple[Hashable, ...]:
     """Which part of the parameter a process holds; the same for the same part.
 
     Raises:
@@ -134,7 +166,7 @@ def _piece(
     """
     keys = [key for glob, key in shard_keys.items() if fnmatch.fnmatchcase(parameter.name, glob)]
     if not is_sharded(tensor):
-        return ("whole", *keys)
+        return (WHOLE, *keys)
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     if any(placement.is_partial() for placement in placements):
         raise AttachError(
@@ -151,10 +183,10 @@ def _wait_for_everyone(group: Any, rank: int, size: int) -> None:
     Raises:
         AttachError: somebody did not come.
     """
-    store = _store()
+    store = store_of_processes()
     if store is None:
         return
-    number, name = next(_attached), _name_of(group)
+    number, name = next(_attached), name_of(group)
     keys = [f"gradwatch/attach/{name}/{number}/{one}" for one in range(size)]
     store.set(keys[rank], "here")
     try:
@@ -170,10 +202,10 @@ def _wait_for_everyone(group: Any, rank: int, size: int) -> None:
 
 def missing_ranks(group: Any, occasion: str, seconds: float = 5.0) -> list[int]:
     """The processes that do not answer, asked past the process group; [] where nobody can say."""
-    store, rank, size = _store(), dist.get_rank(group), dist.get_world_size(group)
+    store, rank, size = store_of_processes(), dist.get_rank(group), dist.get_world_size(group)
     if store is None:
         return []
-    keys = [f"gradwatch/alive/{_name_of(group)}/{occasion}/{one}" for one in range(size)]
+    keys = [f"gradwatch/alive/{name_of(group)}/{occasion}/{one}" for one in range(size)]
     try:
         store.set(keys[rank], "here")
         store.wait(keys, timedelta(seconds=seconds))
@@ -189,7 +221,7 @@ def _has(store: Any, key: str) -> bool:
         return False
 
 
-def _store() -> Any:
+def store_of_processes() -> Any:
     """Where the processes have met: a dict over TCP that no collective is needed for."""
     get = getattr(dist.distributed_c10d, "_get_default_store", None)
     try:
@@ -198,5 +230,5 @@ def _store() -> Any:
         return None
 
 
-def _name_of(group: Any) -> str:
+def name_of(group: Any) -> str:
     return str(getattr(group or dist.group.WORLD, "group_name", "world"))

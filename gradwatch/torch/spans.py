@@ -6,7 +6,7 @@ anything  ->  spans_of: [2] float64 for each tensor in it  ->  flags_of: a Flag,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,26 +15,44 @@ from gradwatch.rules.culprit_forward import Flag, flag_of, worst
 
 __all__ = ["flags_of", "is_opaque", "spans_of", "tensors_in"]
 
-PLAIN = (bool, int, float, complex, str, bytes, type, torch.device, torch.dtype)
+PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.device, torch.dtype)
 DEEPEST = 8
 """Levels of containers that are looked into."""
 
 
-def tensors_in(value: Any, depth: int = DEEPEST) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors of a tensor, or of a container of them; other objects are not looked into."""
-    if isinstance(value, torch.Tensor):
+    return (one for one in _leaves(value, DEEPEST, set()) if isinstance(one, torch.Tensor))
+
+
+def is_opaque(value: Any) -> bool:
+    """Whether it holds something that may hold numbers and is not looked into."""
+    return any(
+        leaf.is_nested if isinstance(leaf, torch.Tensor) else not isinstance(leaf, PLAIN)
+        for leaf in _leaves(value, DEEPEST, set())
+    )
+
+
+def _leaves(value: Any, depth: int, entered: set[int]) -> Iterator[Any]:
+    """What is in containers, of each of them once, however often it is met."""
+    inner = None if isinstance(value, torch.Tensor) else _held(value)
+    if inner is None or not depth:
         yield value
-    elif depth:
-        if isinstance(value, Mapping):
-            inner: Any = value.values()
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            inner = value
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            inner = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
-        else:
-            return
+    elif id(value) not in entered:
+        entered.add(id(value))
         for one in inner:
-            yield from tensors_in(one, depth - 1)
+            yield from _leaves(one, depth - 1, entered)
+
+
+def _held(value: Any) -> Iterable[Any] | None:
+    """What a container holds; None of anything else."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return None
 
 
 @torch.no_grad()
@@ -46,9 +64,10 @@ def spans_of(value: Any) -> list[torch.Tensor]:
 def _span(tensor: torch.Tensor) -> torch.Tensor | None:
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_nested:
         return None
-    if tensor.layout != torch.strided:
-        tensor = tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor
-        tensor = tensor.values()
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce().values()
+    elif tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
     if tensor.numel() == 0 or tensor.device.type == "meta":
         return None
     if tensor.is_complex():
@@ -59,29 +78,11 @@ def _span(tensor: torch.Tensor) -> torch.Tensor | None:
     return span.float() if span.device.type == "mps" else span.double()
 
 
-def is_opaque(value: Any, depth: int = DEEPEST) -> bool:
-    """Whether it holds something that may hold numbers and is not looked into."""
-    if isinstance(value, torch.Tensor):
-        return value.is_nested
-    if value is None or isinstance(value, PLAIN):
-        return False
-    if not depth:
-        return True
-    if isinstance(value, Mapping):
-        return any(is_opaque(one, depth - 1) for one in value.values())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return any(is_opaque(one, depth - 1) for one in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return any(is_opaque(getattr(value, one.name, None), depth - 1) for one in fields)
-    return True
-
-
-def flags_of(spans: Sequence[Sequence[torch.Tensor]], *, masks: bool = True) -> list[Flag]:
+def flags_of(spans: Sequence[Sequence[torch.Tensor]]) -> list[Flag]:
     """The flag of each group of spans; one read for each device."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for group in spans:
         for span in group:
             by_device.setdefault(span.device, []).append(span)
     read = {device: iter(torch.stack(found).tolist()) for device, found in by_device.items()}
-    return [worst(flag_of(*next(read[s.device]), masks=masks) for s in group) for group in spans]
+    return [worst(flag_of(*next(read[s.device])) for s in group) for group in spans]

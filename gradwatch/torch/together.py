@@ -15,9 +15,10 @@ from gradwatch.errors import AttachError, PolicyError
 from gradwatch.policy import Culprits, Policy
 from gradwatch.records import Parameter
 from gradwatch.saying import say
+from gradwatch.torch.scaling import ScalerFollower
 from gradwatch.torch.shares import Share, is_sharded, shared_by, world_size
 
-__all__ = ["culprits_for", "together"]
+__all__ = ["culprits_for", "refuse_scaler", "together"]
 
 
 def together(
@@ -43,7 +44,12 @@ def together(
                 "measure the part of this one. Leave it out, and attach on every rank"
             )
         return None
-    share = shared_by(tensors, described, shard_keys=shard_keys)
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise AttachError(
+            "FullyShardedDataParallel leaves each rank a part of its parameters without saying "
+            "which, also with use_orig_params=True. Use torch.distributed.fsdp.fully_shard"
+        )
+    share = shared_by(tensors, described, shard_keys=shard_keys, policy=policy.sha256)
     accumulates = policy.accumulate is not None and policy.mode == "enforce"
     compares_loss = any(rule.measure == "loss" for rule in policy.clip)
     stops = any(detector.then == "stop" for _, detector in policy.detect.kinds())
@@ -69,6 +75,19 @@ def _refuse(policy: Policy, share: Share, sharded: Sequence[str], held: int) -> 
         raise PolicyError(
             f"{policy.source}: accumulate under pipeline stages is the schedule's, whose "
             "micro-batches are not those of a loop. Leave accumulate out"
+        )
+
+
+def refuse_scaler(share: Share | None, scaler: ScalerFollower | None) -> None:
+    """
+    Raises:
+        AttachError: one process alone would drop a step.
+    """
+    if share is not None and share.apart and scaler is not None and scaler.enabled:
+        raise AttachError(
+            f"a GradScaler drops a step where it finds an infinity on its own rank, and "
+            f"{share.apart} is not on every rank: the others would take the step, or wait for it. "
+            "Train in bfloat16, which needs no scaler"
         )
 
 

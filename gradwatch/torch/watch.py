@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import socket
 import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
@@ -16,8 +15,7 @@ from gradwatch.accumulation import Closed, MicroBatch
 from gradwatch.backend import StepContext
 from gradwatch.errors import PolicyError, TrainingStopped
 from gradwatch.policy import Policy, check_against
-from gradwatch.records import Layout, RunInfo
-from gradwatch.rules.chain import measures_of
+from gradwatch.records import Layout
 from gradwatch.rules.detect_sampled import samples_every
 from gradwatch.saying import say
 from gradwatch.torch.accumulate import MarkedLoop, UnchangedLoop
@@ -28,16 +26,21 @@ from gradwatch.torch.gradients import drop
 from gradwatch.torch.hooks import BackwardCounter, StepHooks, innermost, refuse_watched
 from gradwatch.torch.layers import watched_parameters
 from gradwatch.torch.noise import FirstMicroBatch
+from gradwatch.torch.own_gradient import OwnGradient
 from gradwatch.torch.plan import plan_for
+from gradwatch.torch.ranks import ranks_of
+from gradwatch.torch.reduction import Reduction
 from gradwatch.torch.refusals import (
     accumulates_for_the_loop,
+    is_captured,
     refuse_to_enforce,
     refuse_unknown_updates,
 )
+from gradwatch.torch.run_info import run_info
 from gradwatch.torch.scaling import follower
 from gradwatch.torch.shared import SharedBackend
 from gradwatch.torch.state import as_arrays, as_tensors
-from gradwatch.torch.together import culprits_for, together
+from gradwatch.torch.together import culprits_for, refuse_scaler, together
 from gradwatch.watch import Watch
 
 __all__ = ["TorchWatch"]
@@ -76,30 +79,18 @@ class TorchWatch(Watch):
         layout = Layout.of(known, policy.grouping)
         check_against(policy, layout)
         refuse_unknown_updates(policy, self._optimizer)
-        info = RunInfo(
-            run=run,
-            layout=layout,
-            rules=tuple(rule.name for rule in policy.clip),
-            multiplying=tuple(r.name for r in policy.clip if r.then in ("scale", "zero")),
-            measures=measures_of(policy),
-            mode=policy.effective_mode,
-            policy=policy.canonical_yaml(),
-            policy_sha256=policy.sha256,
-            rank=0 if share is None else share.rank,
-            framework=f"torch {torch.__version__}",
-            device=str(tensors[0].device),
-            host=socket.gethostname(),
-            model=type(model).__name__,
-            version=version,
-            started=started,
-            pid=pid,
-        )
+        info = run_info(
+            model, policy, layout, rank=0 if share is None else share.rank,
+            device=str(tensors[0].device), run=run, version=version, started=started, pid=pid,
+        )  # fmt: skip
         for_the_loop = accumulates_for_the_loop(policy)
         self._policy = policy
+        self._compares_loss = any(rule.measure == "loss" for rule in policy.clip)
         self._described = parameters
         self._model = weakref.ref(model)
         self._num_known = 0 if self._optimizer is None else _count(self._optimizer)
         self._scaler = follower(scaler, optimizer)
+        refuse_scaler(share, self._scaler)
         self.plan = plan_for(policy, layout, self._optimizer, tensors)
         if share is not None and share.agrees:
             self._backend: TorchBackend = SharedBackend(tensors, self._optimizer, self.plan, share)
@@ -107,17 +98,28 @@ class TorchWatch(Watch):
             self._backend = TorchBackend(tensors, self._optimizer, self.plan)
         super().__init__(info, policy, self._backend, recording)
         how = culprits_for(policy, model, share) if policy.detect.nonfinite else "none"
-        finder = ClueFinder(model, tensors, how, self.pipeline.report)
+        window = self.window  # the hooks of the model must not hold the watch
+        finder = ClueFinder(model, tensors, how, self.pipeline.report, lambda: window.count > 0)
         self._backend.finder = finder
         order = weakref.WeakMethod(self._backend.order)
         self.pipeline.consumer.order = lambda: () if (of := order()) is None else of()
         self._is_one_of_several = share is not None
+        if share is not None:
+            self._backend.ranks = ranks_of(share, tensors, layout, policy.detect, self.pipeline)
+        # Where parameters are split their gradients are never those of one process.
+        is_split = share is not None and share.is_split
+        if not is_split and (share is not None or how in ("replay", "always")):
+            self._backend.own = OwnGradient(tensors)
         self.follows_its_policy = share is None  # ranks would take it over at different steps
         if self.plan.reason:
             say(logging.WARNING, "gradwatch %s", self.plan)
         update = int if self._scaler is None else self._scaler.update
         self._first = FirstMicroBatch(self._backend.parameters)
-        self._marked_loop = MarkedLoop(self._backend.parameters, self.window, self._first)
+        ask = self._backend.numbers if isinstance(self._backend, SharedBackend) else None
+        reduction = Reduction(model, self._accumulate, ask)
+        self._marked_loop = MarkedLoop(
+            self._backend.parameters, self.window, self._first, reduction
+        )
         divides = self._accumulate is not None and self._accumulate.drive == "loop"
         self._counter = BackwardCounter(tensors, update, self._first_of_loop if divides else None)
         self._passes, self._overflows, self._loss_scale = 1, 0, math.nan
@@ -129,7 +131,7 @@ class TorchWatch(Watch):
 
         self._unchanged: UnchangedLoop | None = None
         if for_the_loop and self._optimizer is not None:
-            self._unchanged = UnchangedLoop(tensors, self.window, self._first)
+            self._unchanged = UnchangedLoop(tensors, self.window, self._first, reduction)
 
     @torch.no_grad()
     def process(self) -> None:
@@ -141,6 +143,14 @@ class TorchWatch(Watch):
                             "they are neither watched nor clipped")  # fmt: skip
         if self._is_due():
             super().process()
+            self._sample_ranks()
+
+    def _sample_ranks(self) -> None:
+        scale = self._loss_scale if math.isfinite(self._loss_scale) else 1.0
+        try:
+            self._backend.sample_ranks(self._engine.num_steps - 1, scale)
+        except Exception:
+            self.pipeline.report("measure")
 
     def process_ahead(self) -> None:
         """`process` of a step that is due, before something else touches its gradients.
@@ -152,7 +162,8 @@ class TorchWatch(Watch):
 
     def _at_step(self) -> None:
         is_ahead, self._is_ahead = self._is_ahead, False
-        if not is_ahead:
+        device = self._backend.parameters[0].device
+        if not is_ahead and not is_captured(device, enforcing=self._engine.enforcing):
             self.process()
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,8 +188,9 @@ class TorchWatch(Watch):
         layout = Layout.of(self._described, self._policy.grouping)
         self.plan = plan_for(self._policy, layout, self._optimizer, tensors)
         self._backend.disarm()
-        finder = self._backend.finder
-        self._backend = TorchBackend(tensors, self._optimizer, self.plan, finder=finder)
+        before = self._backend
+        self._backend = TorchBackend(tensors, self._optimizer, self.plan, finder=before.finder)
+        self._backend.ranks, self._backend.own = before.ranks, before.own
         self._counter.extend(tensors)
         self._engine.extend(self._backend, layout)
         loops = (self._first, self._marked_loop, self._unchanged)
@@ -260,6 +272,15 @@ class TorchWatch(Watch):
     def _change(self, policy: Policy) -> None:
         super()._change(policy)
         self._policy = policy
+
+    def _begin_epoch(self, loader: object, partial: str) -> None:
+        self._marked_loop.begin(loader, partial)
+
+    def _micro_began(self, micro: MicroBatch[Any]) -> None:
+        try:
+            self._marked_loop.began(micro)
+        except Exception as error:
+            self._broke("hold back the reduction of gradients", error, "each micro-batch reduces")
 
     def _micro_ended(self, micro: MicroBatch[Any]) -> None:
         try:
@@ -347,6 +368,15 @@ class TorchWatch(Watch):
         self._backend.seen()
         self._counter.take()  # a line search goes on evaluating within the step
 
+    def _sends(self, name: str, value: SupportsFloat) -> bool:
+        if self._compares_loss:
+            return False
+        recorder = self.pipeline.recorder
+        step = recorder.step_of(
+            name, num_steps=self._engine.num_steps, backward_seen=self._backward_seen()
+        )
+        return self._backend.sends(value, lambda host: recorder.put(name, step, float(host[0])))
+
     def _number(self, value: SupportsFloat) -> float:
         return float(value.detach() if isinstance(value, torch.Tensor) else value)
 
@@ -357,6 +387,8 @@ class TorchWatch(Watch):
         self._counter.remove()
         if self._backend.finder is not None:
             self._backend.finder.remove()
+        if self._backend.own is not None:
+            self._backend.own.remove()
         self._backend.disarm()
         self._abandon()
         if self._hooks is not None:

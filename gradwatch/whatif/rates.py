@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import comb, log
+from math import exp, lgamma, log, log1p
 
 __all__ = ["upper_bound", "upper_rate"]
 
@@ -16,11 +16,15 @@ def upper_bound(hits: int, trials: int) -> float:
     low, high = hits / trials, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        under = sum(
-            comb(trials, k) * middle**k * (1 - middle) ** (trials - k) for k in range(hits + 1)
-        )
+        under = sum(exp(_log_chance(k, trials, middle)) for k in range(hits + 1))
         low, high = (middle, high) if under > DOUBT else (low, middle)
     return high
+
+
+def _log_chance(hits: int, trials: int, share: float) -> float:
+    """Of so many hits, by the binomial distribution; its numbers are too large otherwise."""
+    ways = lgamma(trials + 1) - lgamma(hits + 1) - lgamma(trials - hits + 1)
+    return ways + hits * log(share) + (trials - hits) * log1p(-share)
 
 
 def upper_rate(steps: int) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 
 from gradwatch.errors import RecordingError
 from gradwatch.policy import Detect, load_policy
@@ -43,7 +44,7 @@ def tune_command(
     runs = list(_observed(recordings, base))
     if not runs:
         raise RecordingError("none of these runs is healthy: there is nothing to tune on")
-    for line in _lines(runs, tuned(runs, base)):
+    for line in _lines(runs, tuned(runs, base), base):
         print(line)
 
 
@@ -57,7 +58,7 @@ def _observed(recordings: Sequence[Path], base: Detect) -> Iterator[RunFindings]
             yield run
 
 
-def _lines(runs: Sequence[RunFindings], found: Sequence[Tuned]) -> Iterator[str]:
+def _lines(runs: Sequence[RunFindings], found: Sequence[Tuned], base: Detect) -> Iterator[str]:
     steps = sum(run.steps for run in runs)
     yield f"# Tuned on {len(runs)} healthy run{'s' * (len(runs) != 1)}, {steps} steps."
     yield f"# What finds nothing in them is wrong in fewer than {1000 * upper_rate(steps):.2g} of"
@@ -66,11 +67,12 @@ def _lines(runs: Sequence[RunFindings], found: Sequence[Tuned]) -> Iterator[str]
     if steps < SHORT:
         yield f"# That is little: with {SHORT} steps or more the bound is worth something."
     yield "detect:"
-    changed = [one for one in found if one.rung is not None and one.rung != one.default]
-    for one in changed:
-        yield from _line(one)
+    given = base.model_dump(mode="json", exclude_defaults=True)
+    changed = {one.kind: one for one in found if one.rung not in (None, one.default)}
+    for key in [*given, *(kind for kind in changed if kind not in given)]:
+        yield from _line(key, given.get(key, {}), changed.get(key))
     if not changed:
-        yield "  {}  # the defaults are right for these runs"
+        yield f"  {'' if given else '{}  '}# the defaults are right for these runs"
     for one in found:
         if one.rung is None:
             yield f"  # {one.kind}: finds something in {one.blamed} however tolerant it is. Look at"
@@ -80,11 +82,20 @@ def _lines(runs: Sequence[RunFindings], found: Sequence[Tuned]) -> Iterator[str]
         yield f"  # as by default: {', '.join(kept)}"
 
 
-def _line(one: Tuned) -> Iterator[str]:
+def _line(key: str, given: Any, one: Tuned | None) -> Iterator[str]:
+    """One key of the policy that was gone from, and what was found for it."""
+    if one is None:
+        yield f"  {key}: {_flow('none' if given is None else given)}"
+        return
     assert one.rung is not None
-    values = ", ".join(f"{key}: {value:g}" for key, value in one.rung.items())
     default = ", ".join(f"{key} {value:g}" for key, value in one.default.items())
     said = f"by default {default}: {one.by_default} false alarms"
     if one.elsewhere is not None:
         said += f"; chosen without each run in turn: {one.elsewhere} in that run"
-    yield f"  {one.kind}: {{{values}}}  # {said}"
+    rung = {name: int(v) if float(v).is_integer() else v for name, v in one.rung.items()}
+    yield f"  {key}: {_flow({**given, **rung})}  # {said}"
+
+
+def _flow(value: Any) -> str:
+    """YAML on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

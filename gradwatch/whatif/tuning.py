@@ -9,6 +9,7 @@ no rung above the default where that finds nothing.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 from gradwatch.policy import KINDS, Detect
 from gradwatch.records import Layout, StepRecord
 from gradwatch.rules.detection import Detection
+from gradwatch.rules.guard import OVERFLOW
 
 __all__ = ["LADDERS", "RunFindings", "Tuned", "observed", "tuned"]
 
@@ -101,7 +103,8 @@ def observed(
         run.steps += 1
         for key, detection in ladders.items():
             run.found[key] += sum(a.level != "event" for a in detection.observe(record))
-        if not run.unhealthy and any(a.kind == "nonfinite" for a in record.anomalies):
+        # Not by what was found: the run may not have looked for it. A scaler drops steps by design.
+        if not (run.unhealthy or math.isfinite(record.total_norm) or record.skipped == OVERFLOW):
             run.unhealthy = f"step {record.step} was not finite"
     return run
 

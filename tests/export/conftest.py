@@ -60,6 +60,7 @@ def busy_tally(layers: list[str] | int = 3, **fields: object) -> Tally:
         "loss_scale": 65536.0,
         "learning_rate": 1e-3,
         "noise_scale": 12.0,
+        "local_norm": 1.5,
         "scalars": {"loss": 0.25},
         "overhead_seconds": 1e-4,
         "duration_seconds": 0.02,

@@ -20,8 +20,10 @@ from gradwatch.policy import (
     Policy,
     Schedule,
     StatisticLimit,
+    decoding,
     load_policy,
     parse_policy,
+    supported,
 )
 
 
@@ -195,9 +197,12 @@ def test_a_rule_put_together_in_python_is_checked_like_any_other():
         ClipRule(limit=10**400)
 
 
-def test_a_policy_put_together_in_python_is_held_to_what_works():
+def test_a_policy_put_together_in_python_is_held_to_what_works(monkeypatch):
+    refusal = supported.Refusal("accumulate.sync", "Leave it out")
+    monkeypatch.setattr(decoding, "REFUSED", (refusal,))
+    monkeypatch.setattr(supported, "REFUSED", (refusal,))
     made = Policy(version=1, accumulate=Accumulate(steps=2, sync="every"))
-    with pytest.raises(PolicyError, match=r"<policy>: accumulate.sync: the choice of when"):
+    with pytest.raises(PolicyError, match=r"<policy>: accumulate.sync: every is not supported by"):
         load_policy(made)
 
 

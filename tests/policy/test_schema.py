@@ -47,6 +47,7 @@ RIGHT = [
     "{version: 1, clip: [{limit: 1, measure: l3.5, then: zero}, {limit: 1, per: element}]}",
     "{version: 1, clip: [{limit: 1.0}]}",
     "{version: 1, layers: {depth: 2}, clip: [{limit: {0: 10, 2000: 1}, params: [a, b]}]}",
+    "{version: 1, accumulate: {steps: 8, sync: boundary}}",
     "{version: 1, detect: {spike: none, exploding: {z: 5}}}",
     "{version: 1, guard: {budget: 50/1000}, clip: [{limit: 1, ndim: 2, groups: 0}]}",
     "{version: 1, clip: [{use: agc}, {use: zclip, limit: {max: 5}, params: a}]}",
@@ -61,7 +62,7 @@ WRONG = [
     "{version: 1, layers: block}",
     "{version: 1, layers: {depth: 0}}",
     "{version: 1, accumulate: {steps: {target: 0}}}",
-    "{version: 1, accumulate: {steps: 8, sync: every}}",
+    "{version: 1, accumulate: {steps: 8, sync: never}}",
     "{version: 1, accumulate: {steps: 0}}",
     "{version: 1, guard: {patience: 0}}",
     "{version: 1, guard: {patience: null}}",
@@ -85,7 +86,7 @@ WRONG = [
     "{version: 1, clip: [{limit: 1, ndim: small}]}",
     "{version: 1, clip: [{use: zclip, limit: {zz: 3}}]}",
     "{version: 1, detect: {spike: off}}",
-    "{version: 1, detect: {rank_outlier: none}}",
+    "{version: 1, detect: {rank_outlier: {z: 0}}}",
     "{version: 1, detect: {vanishing: {share: 2}}}",
 ]
 

@@ -6,30 +6,12 @@ import pytest
 
 from gradwatch.errors import PolicyError
 from gradwatch.policy import decoding, load_policy, parse_policy, supported
-from gradwatch.policy.supported import REFUSED
 
 
 def complaints(text: str) -> list[str]:
     with pytest.raises(PolicyError) as caught:
         parse_policy(text, "policy.yaml")
     return str(caught.value).splitlines()
-
-
-def test_what_accumulation_does_not_do_yet_is_refused_by_name():
-    assert complaints("version: 1\naccumulate: {steps: 2, sync: every}") == [
-        "policy.yaml:2:24: accumulate.sync: the choice of when to reduce is not supported by this "
-        "version yet. Leave it out",
-    ]
-
-
-@pytest.mark.parametrize(
-    "kind", [entry.at.removeprefix("detect.") for entry in REFUSED if "detect." in entry.at]
-)
-def test_a_detector_to_come_is_refused_by_name(kind):
-    assert complaints(f"version: 1\ndetect:\n  {kind}: {{}}") == [
-        f"policy.yaml:3:3: detect.{kind}: the detector {kind} is not supported by this version "
-        "yet. Leave it out"
-    ]
 
 
 def test_what_is_refused_does_not_hide_other_mistakes():
@@ -61,7 +43,8 @@ def test_lifting_a_refusal_is_all_it_takes(monkeypatch):
     monkeypatch.setattr(supported, "REFUSED", ())
     monkeypatch.setattr(decoding, "REFUSED", ())
     text = (
-        "version: 1\naccumulate: {steps: {0: 1, 1000: 4}, drive: loop}\nguard: {nonfinite: zero}\n"
+        "version: 1\naccumulate: {steps: {0: 1, 1000: 4}, drive: loop, sync: every}\n"
+        "guard: {nonfinite: zero}\n"
         "clip:\n  - {measure: weight, per: unit, limit: 1e-2, floor: 1e-3, then: zero}\n"
         "  - {limit: {quantile: 0.9, window: 128}}\n"
     )

@@ -81,6 +81,25 @@ def test_without_options_every_finding_has_its_line(recorded, capsys):
     assert any("step 82  alert exploding" in line for line in lines)
 
 
+def test_an_episode_of_bad_steps_is_one_line(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    policy = {"version": 1, "guard": {"nonfinite": "skip", "patience": 100}}
+    with gradwatch.attach(model, optimizer, policy, port=None, recording=tmp_path) as watch:
+        for step in range(60):
+            loss = model(torch.randn(16, 4)).square().mean()
+            loss = loss * math.nan if 40 <= step < 44 or step == 57 else loss
+            optimizer.zero_grad()
+            loss.backward()
+            watch.log(loss=loss)
+            optimizer.step()
+    lines = said(capsys, tmp_path)
+    begun = [line for line in lines if line.startswith("  step")]
+    assert [line.split()[1] for line in begun] == ["40", "57"]
+    assert "(and 3 more steps, to 43)" in " ".join(" ".join(lines).split())
+
+
 def test_a_healthy_run_is_said_to_be_healthy(recorded, capsys):
     directory = recorded()
     assert said(capsys, directory)[1].startswith("verdict: healthy (0 alerts, 0 warnings")

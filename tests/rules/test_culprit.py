@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwatch.rules.culprit import Clues, Forward, ModuleGradient, Pass, modules_of, of_step
+from gradwatch.rules.culprit import Clues, Forward, Pass, of_step
 from gradwatch.rules.culprit_explosion import of_explosion
 from gradwatch.rules.culprit_forward import Call, Flag, flag_of, of_forward
+from gradwatch.rules.culprit_gradients import ModuleGradient, modules_of
+from gradwatch.rules.culprit_weights import BadWeight
 
-FINE, MINUS, BAD = Flag.FINE, Flag.MINUS, Flag.BAD
+FINE, MASK, MINUS, BAD = Flag.FINE, Flag.MASK, Flag.MINUS, Flag.BAD
 INF, NAN = math.inf, math.nan
 
 
@@ -22,7 +24,7 @@ INF, NAN = math.inf, math.nan
     [
         (-1.0, 2.0, FINE),
         (0.0, 0.0, FINE),
-        (-INF, 0.0, FINE),  # an attention mask
+        (-INF, 0.0, MASK),
         (-INF, 2.0, MINUS),
         (-INF, -INF, MINUS),
         (0.0, INF, BAD),
@@ -33,6 +35,10 @@ INF, NAN = math.inf, math.nan
 )
 def test_flags_tell_masks_from_what_is_bad(low, high, flag):
     assert flag_of(low, high) is flag
+
+
+def used(module: str) -> BadWeight:
+    return BadWeight((module,), is_used=True)
 
 
 def test_the_innermost_module_that_makes_bad_of_good_is_named():
@@ -79,11 +85,64 @@ def test_bad_values_that_the_model_masks_are_found_all_the_same():
 
 def test_a_bad_weight_is_named_before_the_module_that_shows_it():
     calls = [Call("block", FINE, BAD, 0), Call("", FINE, BAD, 0)]
-    assert of_forward(calls, ["block.linear"]).module == "block.linear"
-    assert of_forward(calls, ["block.linear"]).origin == "weight"
-    assert of_forward(calls, ["elsewhere"]).origin is None  # which the block may use
-    several = of_forward(calls, ["block.a", "block.b"])
+    found = of_forward(calls, [used("block.linear")])
+    assert (found.origin, found.module) == ("weight", "block.linear")
+    assert of_forward(calls, [used("elsewhere")]).origin is None  # which the block may use
+    several = of_forward(calls, [used("block.a"), used("block.b")])
     assert (several.origin, several.module) == ("weight", None)
+
+
+def test_a_bad_weight_that_the_step_has_not_used_is_no_evidence():
+    calls = [Call("block", FINE, BAD, 0), Call("", FINE, BAD, 0)]
+    found = of_forward(calls, [BadWeight(("block.frozen",))])
+    assert (found.origin, found.near) == (None, ("block", "block.frozen"))
+    own = of_forward(calls, [BadWeight(("block",))])
+    assert (own.origin, own.module) == ("weight", "block")
+
+
+def test_without_a_forward_pass_a_bad_weight_is_named_by_gradients():
+    for is_used, origin in ((True, "weight"), (False, None)):
+        clues = Clues(bad_weights=[BadWeight(("a",), is_used)])
+        found = of_step(clues, gradients(False, False), 1.0)
+        assert (found.origin, found.module) == (origin, "a" if origin else None)
+
+
+def test_gradients_that_go_bad_beside_a_bad_weight_name_it():
+    """An inf in front of tanh has no gradient itself, and spoils all behind it."""
+    for module, origin in (("m0", "weight"), ("m1", "weight"), ("m2", None)):
+        clues = Clues(bad_weights=[BadWeight((module,))], is_order_sure=True)
+        found = of_step(clues, gradients(True, False, False), 1.0)
+        assert (found.origin, found.module) == (origin, module if origin else None)
+
+
+def test_a_shared_weight_is_named_with_all_who_have_it():
+    calls = [Call("embed", FINE, FINE, 0), Call("head", FINE, BAD, 1), Call("", FINE, BAD, 0)]
+    found = of_forward(calls, [BadWeight(("embed", "head"), is_used=True)])
+    assert (found.origin, found.module) == ("weight", "embed")
+    assert "weights of embed (shared with head) hold NaN" in found.message
+
+
+def test_a_mask_that_may_leave_nothing_of_a_row_names_nobody():
+    calls = [Call("attention", MASK, BAD, 0), Call("", FINE, BAD, 0)]
+    found = of_forward(calls)
+    assert (found.origin, found.near) == (None, ("attention",))
+    behind = [Call("attention", MASK, FINE, 0), Call("mlp", FINE, BAD, 1), Call("", MASK, BAD, 0)]
+    assert of_forward(behind).module == "mlp"
+
+
+def test_what_a_hook_makes_of_the_input_is_not_told_as_the_input():
+    calls = [Call("", BAD, BAD, 0)]
+    forward = Forward(evidence="replay", passes=[Pass(FINE, BAD, calls)], repeated=0)
+    found = of_step(Clues(forward=forward), gradients(False), NAN)
+    assert (found.origin, found.module) == (None, None)
+    assert "not what reached it" in found.message
+
+
+def test_the_order_of_another_backward_pass_names_nobody():
+    found = of_step(Clues(), gradients(True, False, False), 1.0)
+    assert (found.origin, found.module, found.near) == (None, None, ("m1",))
+    sure = of_step(Clues(is_order_sure=True), gradients(True, False, False), 1.0)
+    assert (sure.origin, sure.module) == ("gradient", "m1")
 
 
 def gradients(*finite: bool) -> list[ModuleGradient]:
@@ -117,7 +176,8 @@ def test_minus_infinity_that_the_model_puts_out_clears_nobody():
     found = of_step(Clues(forward=forward), gradients(False, False), NAN)
     assert found.origin is None
     assert "which log was the first to hold" in found.message
-    in_backward = of_step(Clues(forward=forward), gradients(True, False), 1.0)
+    clues = Clues(forward=forward, is_order_sure=True)
+    in_backward = of_step(clues, gradients(True, False), 1.0)
     assert in_backward.module == "m1"
 
 
@@ -145,7 +205,7 @@ def test_a_weight_without_a_bias_as_witness_names_nobody():
 
 
 def test_weights_that_another_optimizer_spoilt_name_nobody():
-    found = of_step(Clues(foreign=["a"], bad_weights=["b"]), gradients(False), NAN)
+    found = of_step(Clues(foreign=["a"], bad_weights=[used("b")]), gradients(False), NAN)
     assert found.origin is None
 
 
@@ -182,16 +242,25 @@ calls_of = st.lists(st.tuples(flags, flags), min_size=1, max_size=6).map(
     calls=calls_of,
     finite=st.lists(st.booleans(), min_size=1, max_size=5),
     loss=st.sampled_from([None, 1.0, NAN]),
-    weights=st.lists(st.sampled_from(["m0", "m1", ""]), max_size=2, unique=True),
+    weights=st.lists(
+        st.builds(
+            BadWeight,
+            st.sampled_from([("m0",), ("m1",), ("",), ("m0", "m2")]),
+            st.booleans(),
+        ),
+        max_size=2,
+    ),
     repeated=st.booleans(),
+    sure=st.booleans(),
 )
-def test_whatever_comes_a_name_has_a_reason(calls, finite, loss, weights, repeated):
+def test_whatever_comes_a_name_has_a_reason(calls, finite, loss, weights, repeated, sure):
     """A module is named only with an origin, and every culprit says something."""
     one = Pass(calls[-1].inputs, calls[-1].outputs, calls)
     forward = Forward(
         evidence="replay" if repeated else "live", passes=[one], repeated=0 if repeated else None
     )
-    found = of_step(Clues(bad_weights=weights, forward=forward), gradients(*finite), loss)
+    clues = Clues(bad_weights=weights, forward=forward, is_order_sure=sure)
+    found = of_step(clues, gradients(*finite), loss)
     assert found.message
     if found.module is not None:
         assert found.origin in ("weight", "forward", "gradient")
@@ -216,11 +285,13 @@ def test_an_explosion_is_told_as_an_order_of_layers():
     assert "grown from b1 on" in found.message
 
 
-def test_the_loss_is_blamed_for_an_explosion_where_all_has_grown_alike():
-    assert exploded([900, 1100, 1000, 950], loss=1000.0).origin == "loss"
-    assert exploded([900, 1100, 1000, 950], loss=None).origin is None
-    assert exploded([900, 1100, 1000, 950], loss=2.0).origin is None
-    assert exploded([900, 1100, 1000, 9], loss=1000.0).origin is None
+def test_a_loss_that_has_grown_as_all_gradients_have_is_told_and_not_blamed():
+    """One that is an exponential of the weights grows so, too."""
+    alike = exploded([900, 1100, 1000, 950], loss=1000.0)
+    assert (alike.origin, alike.near) == (None, ("the loss",))
+    assert exploded([900, 1100, 1000, 950], loss=None).near == ("head",)
+    assert exploded([900, 1100, 1000, 950], loss=2.0).near == ("head",)
+    assert exploded([900, 1100, 1000, 9], loss=1000.0).near == ("head",)
     assert "no loss was logged" in exploded([900, 1100, 1000, 950], loss=None).message
 
 

@@ -637,3 +637,25 @@ class TestWhatLoopsDo:
         unchanged_loop(other, plain, data)
         assert difference(model, other) == 0
         assert [record.micro_batches for record in watch.history(9)] == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("steps", "begun", "batches", "partial", "expected"),
+    [
+        (3, 0, 7, "step", 3),
+        (3, 0, 7, "carry", 2),
+        (3, 0, 7, "drop", 2),
+        (3, 2, 7, "carry", 3),
+        (3, 0, 0, "step", 0),
+        ({0: 1, 3: 4}, 0, 9, "step", 5),
+        ({0: 1, 3: 4}, 0, 9, "carry", 4),
+    ],
+)
+def test_the_steps_of_a_loader_are_known_before_it_is_read(
+    steps, begun, batches, partial, expected
+):
+    policy = load_policy({"version": 1, "accumulate": {"steps": steps}})
+    window = Window(policy.accumulate)
+    for _ in range(begun):
+        window.add()
+    assert window.steps_of(batches, partial=partial) == expected

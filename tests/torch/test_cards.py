@@ -16,7 +16,16 @@ from torch import nn
 
 import gradwatch
 from gradwatch.policy import load_policy
-from gradwatch.recording.cards import HISTORY, Card, card_from, card_of, card_row
+from gradwatch.recording.cards import (
+    FIRST_KEPT,
+    HISTORY,
+    LAST_KEPT,
+    Card,
+    card_from,
+    card_of,
+    card_row,
+    write_card,
+)
 from gradwatch.records import Culprit
 from gradwatch.rules.detection import Detection
 from gradwatch.torch.culprit import ClueFinder
@@ -86,8 +95,8 @@ def test_an_explosion_has_a_card_with_the_order_of_its_layers(attach, tmp_path):
         cards = {card.kind: card for card in recording.cards()}
     card = cards["exploding"]
     assert card.step == 82
-    assert card.culprit.module is None
-    assert card.culprit.origin == "loss"
+    assert (card.culprit.origin, card.culprit.module) == (None, None)
+    assert card.culprit.near == ("the loss",)
     assert "backward order" in card.culprit.message
     assert set(card.norms) == {"0", "2", "4"}
 
@@ -159,6 +168,40 @@ def test_a_card_that_cannot_be_written_costs_nothing_else(attach, tmp_path, monk
     assert errors["recording",] == 1
     with gradwatch.open_recording(tmp_path) as recording:
         assert [a.kind for a in recording.anomalies()] == ["nonfinite"]
+        (card,) = recording.cards()  # the thread behind has written it
+        (record,) = recording.records(50, 51)
+    assert card.culprit == record.culprit == watch.history(20)[-10].culprit
+
+
+def test_what_goes_on_badly_does_not_fill_the_disk(attach, tmp_path):
+    path = trained(attach, tmp_path, bad=[50]).recording
+    with gradwatch.open_recording(tmp_path) as recording:
+        (card,) = recording.cards()
+    for step in range(FIRST_KEPT + LAST_KEPT + 20):
+        write_card(path, replace(card, step=100 + step))
+    with gradwatch.open_recording(tmp_path) as recording:
+        steps = [card.step for card in recording.cards()]
+    assert steps[:FIRST_KEPT] == [50, *range(100, 99 + FIRST_KEPT)]
+    assert steps[FIRST_KEPT:] == list(range(120 + FIRST_KEPT, 120 + FIRST_KEPT + LAST_KEPT))
+
+
+def test_a_step_that_is_bad_now_and_then_is_looked_into_and_one_in_two_is_not(attach, tmp_path):
+    policy = {**POLICY, "guard": {"nonfinite": "skip", "patience": 1000}}
+    watch = trained(attach, tmp_path, bad=range(0, 200, 2), steps=200, policy=policy)
+    looked_into = [record.step for record in watch.history(256) if record.culprit is not None]
+    assert looked_into[:10] == list(range(0, 20, 2))
+    assert 5 <= len(looked_into[10:]) <= 11
+
+
+def test_a_card_that_cannot_be_read_is_left_out_and_said(attach, tmp_path, caplog):
+    path = trained(attach, tmp_path, bad=[40, 50]).recording
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE cards SET card = '{' WHERE step = 40")
+    with gradwatch.open_recording(tmp_path) as recording:
+        assert [card.step for card in recording.cards()] == [50]
+        assert len(list(recording)) == 60
+        assert recording.last(15)[5].culprit is not None
+    assert "1 of 2 cards cannot be read" in caplog.text
 
 
 def test_any_card_is_read_as_it_was_written(attach, tmp_path):

@@ -17,8 +17,10 @@ from torch import nn
 
 from benchmarks.detectors.tasks import task as make_task
 from gradwatch.investigation import MOST_IN_A_ROW
+from gradwatch.torch.passes import MOST_FAILURES
+from tests.torch.odd_models import ODD, odd_task
 
-MODELS = ("cnn", "deep", "gpt", "tanh")
+MODELS = ("cnn", "deep", "gpt", "tanh", *ODD)
 SEEDS = 4
 KINDS = ("weight", "activation", "loss", "backward", "input")
 SKIP = {"version": 1, "guard": {"nonfinite": "skip", "patience": 1000}}
@@ -91,13 +93,20 @@ class Injection:
             return False
         if self.kind in ("loss", "input"):
             return culprit.module is None
-        if self.kind == "backward" and len(culprit.near) == 2:
-            # A module without weights is between the two whose gradients are known.
-            before, behind = map(self._ended, culprit.near)
-            return before <= self._ended(self.module) <= behind
-        return culprit.module == self.module or (
+        if self.kind == "backward":
+            # It is this module, or one without weights between this and the next that has some.
+            return self._ended(culprit.near[0]) <= self._ended(self.module) < self._next(culprit)
+        tied = "embed" if isinstance(self.model, ODD["tied"]) and self.module == "head" else ""
+        return culprit.module in (self.module, tied) or (
             culprit.evidence == "live" and self.module in culprit.near
         )
+
+    def _next(self, culprit) -> float:
+        """When the next module with weights of its own has ended, whose gradient was finite."""
+        first = self._ended(culprit.near[0])
+        own = [n for n, m in self.model.named_modules() if n and list(m.parameters(recurse=False))]
+        later = [e for e in map(self._ended, own) if e > first]
+        return min(later, default=math.inf) if "the loss" not in culprit.near else math.inf
 
     def _ended(self, name: str) -> int:
         """When a module has ended in the forward pass; one that its owner computes, with that."""
@@ -116,7 +125,7 @@ def candidates(model, kind):
 
 def injected(name: str, kind: str, seed: int, how: str, attach) -> tuple[Injection, object] | None:
     """The culprit of one fault in the fourth step; None where it has left no trace."""
-    made = make_task(name, seed)
+    made = odd_task(name, seed) if name in ODD else make_task(name, seed)
     draw = random.Random(f"{name} {kind} {seed}")
     draw.Random = random.Random
     module = draw.choice(list(candidates(made.model, kind)))
@@ -145,7 +154,7 @@ def test_the_culprit_of_random_faults_is_found_and_never_a_wrong_one(how, attach
     for name in MODELS:
         for kind in KINDS:
             for seed in range(SEEDS):
-                if kind == "input" and name == "gpt":
+                if kind == "input" and name in ("gpt", "tied"):
                     continue  # its inputs are codes
                 done = injected(name, kind, seed, how, attach)
                 if done is None:
@@ -161,8 +170,7 @@ def test_the_culprit_of_random_faults_is_found_and_never_a_wrong_one(how, attach
     print(f"{how}: {right} of {count} right, {len(unknown)} not determined, {len(wrong)} wrong")
     assert wrong == []
     assert count >= 40
-    if how != "flags":
-        assert right >= 0.95 * count, unknown
+    assert right >= (0.3 if how == "flags" else 0.95) * count, unknown
 
 
 class Drops(nn.Module):
@@ -279,6 +287,8 @@ def test_the_loss_is_blamed_only_where_it_was_logged_before_the_step(how, attach
 
 def test_a_loss_whose_gradient_alone_is_bad_is_told_from_a_bad_loss(attach):
     loop = Loop(attach)
+    for _ in range(2):
+        loop.step()  # the order of a backward pass is believed when it was seen again
     loop.step(loss=lambda out: (out - out).abs().sum().sqrt())
     culprit = loop.culprit()
     assert (culprit.origin, culprit.near) == ("gradient", ("last", "the loss"))
@@ -427,10 +437,13 @@ def test_a_copy_of_the_model_keeps_nothing_and_is_pickled_as_before(how, attach)
         pickle.loads(pickle.dumps(loop.model)),
         torch.load(stored, weights_only=False),
     ]
+    assert b"gradwatch" not in pickle.dumps(loop.model)
+    passes = loop.watch._backend.finder._passes
     for copied in copies:
-        copied(loop.batch())  # is no pass of the model that is watched
-    loop.step(loss=lambda out: out.mean() * math.nan)
-    assert "forward pass" not in loop.culprit().message
+        copied(loop.batch()).sum().backward()  # is no pass of the model that is watched
+    assert passes.take().begun == 0
+    loop.model(loop.batch()).sum().backward()
+    assert passes.take().begun == 1
 
 
 def test_closing_takes_every_hook_off(attach):
@@ -448,9 +461,12 @@ def test_without_being_asked_nothing_is_left_on_the_model(attach):
     for module in loop.model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
-    loop.step()
-    hooked = [p for p in loop.model.parameters() if p._post_accumulate_grad_hooks]
-    assert len(hooked) <= 3  # those that count backward passes
+    hooked = []
+    for _ in range(20):
+        loop.step()
+        hooked.append(sum(bool(p._post_accumulate_grad_hooks) for p in loop.model.parameters()))
+    # Those that count backward passes, and now and then those that look at their order.
+    assert hooked == [6, 6, 3, 6, 3, 3, 3, 6, *[3] * 7, 6, *[3] * 4]
 
 
 def test_a_pass_without_gradients_is_no_pass_of_the_step(attach):
@@ -458,8 +474,10 @@ def test_a_pass_without_gradients_is_no_pass_of_the_step(attach):
     with torch.no_grad():
         loop.model(torch.full((5, 6), math.nan))
     loop.model.norm.reset_running_stats()
-    loop.step(loss=lambda out: out.mean() * math.nan)
-    assert loop.culprit().origin == "loss"
+    # Right behind it, it may be a teacher that the loss compares with.
+    for origin in (None, "loss"):
+        loop.step(loss=lambda out: out.mean() * math.nan)
+        assert loop.culprit().origin == origin
 
 
 def test_a_model_that_is_never_called_itself_says_so(attach):
@@ -511,23 +529,36 @@ def test_a_broken_hook_is_counted_and_training_goes_on(attach, monkeypatch):
 
     monkeypatch.setattr("gradwatch.torch.passes.spans_of", broken)
     loop = Loop(attach)
-    loop.step()
+    for _ in range(MOST_FAILURES + 5):
+        loop.step()
     loop.step(loss=lambda out: out.mean() * math.nan)
     assert "no room" in loop.culprit().message
     errors = loop.watch.pipeline.tally.snapshot().labelled["hook_errors_total"]
-    assert errors["measure",] == 1
+    assert errors["measure",] == MOST_FAILURES
 
 
 def test_a_forward_pass_in_another_thread_does_not_break_the_hooks(attach):
     loop = Loop(attach, "always")
-    threads = [threading.Thread(target=loop.model, args=(loop.batch(),)) for _ in range(4)]
+    ended = threading.Event()
+
+    def other():
+        with torch.enable_grad():
+            while not ended.is_set():
+                loop.model(torch.full((5, 6), math.nan))
+
+    threads = [threading.Thread(target=other) for _ in range(2)]
     for thread in threads:
         thread.start()
+    for _ in range(20):
+        loop.step()
+    loop.model.norm.reset_running_stats()
+    loop.step(loss=lambda out: out.mean() * math.nan)
+    ended.set()
     for thread in threads:
         thread.join()
-    loop.step()
-    loop.watch.flush()
-    assert loop.watch.latest.culprit is None
+    assert loop.culprit().origin in ("loss", None)
+    errors = loop.watch.pipeline.tally.snapshot().labelled["hook_errors_total"]
+    assert errors["measure",] == 0
 
 
 def test_a_weight_that_was_added_to_the_optimizer_is_no_stumbling_block(attach):

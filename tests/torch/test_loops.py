@@ -371,7 +371,7 @@ class TestRefused:
         flat = type("FlatParameter", (torch.nn.Parameter,), {})
         model = torch.nn.Module()
         model.register_parameter("flat", flat(torch.zeros(4)))
-        with pytest.raises(gradwatch.AttachError, match="use_orig_params=True"):
+        with pytest.raises(gradwatch.AttachError, match="Use fully_shard"):
             attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
     def test_more_rules_than_a_recording_can_tell_apart(self, task, attach):

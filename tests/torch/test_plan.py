@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import gradwatch
-from gradwatch.backend import StepContext
+from gradwatch.backend import Agreed, StepContext
 from gradwatch.engine import Engine
+from gradwatch.errors import TrainingStopped
 from gradwatch.policy import load_policy
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Ring
@@ -349,3 +350,29 @@ def test_on_a_gpu_nothing_synchronizes(row):
     engine.catch_up(wait=True)
     assert failures == []
     assert len(engine._recorder.newest(9)) == 3
+
+
+class Agreeing(TorchBackend):
+    """One of two processes, of which the other one is told to stop the run at its third step."""
+
+    def agree(self, gradients, norms, word):
+        self.agrees, self.steps = True, getattr(self, "steps", 0) + 1
+        return Agreed(gradients, norms, torch.tensor(float(self.steps >= 3)))
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_unread_a_finding_of_another_process_ends_the_run_behind_the_step_that_tells(lag):
+    tensors = parameters("cpu")
+    optimizer = torch.optim.AdamW(tensors, fused=True)
+    a_policy = policy(CLIP, nonfinite="skip")
+    plan = Plan(reads_host=False, fused=True, one_scale=True, on_accelerator=True)
+    engine, _, failures = engine_on(tensors, optimizer, a_policy, Injected(lag), plan)
+    engine._backend = Agreeing(tensors, optimizer, plan, Injected(lag))
+    for step in range(3 + lag):
+        for tensor in tensors:
+            tensor.grad = torch.ones_like(tensor)
+        engine.step(StepContext())
+        assert engine.num_steps == step + 1
+    with pytest.raises(TrainingStopped, match="a finding of another rank ends the run"):
+        engine.step(StepContext())
+    assert failures == []

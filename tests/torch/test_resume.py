@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import gradwatch
 
@@ -164,3 +165,17 @@ def test_the_limit_that_was_in_force_is_recorded_and_holds(task, attach):
     assert record.clipped
     assert record.total_norm_clipped == pytest.approx(record.limits["global"], rel=1e-6)
     assert record.total_norm > 50 * record.total_norm_clipped
+
+
+def test_making_an_optimizer_ready_for_a_checkpoint_is_no_step(task, attach):
+    """Of no micro-batch either: the state that is to be loaded into must be there."""
+    optimizer = adam(task)
+    watch = attach(task.model, optimizer, {"version": 1, "accumulate": {"steps": 4}})
+    _, state = get_state_dict(task.model, optimizer)
+    assert watch.latest is None
+    assert set(state["state"]) == {name for name, _ in task.model.named_parameters()}
+    for step in range(4):
+        task.gradient(step)
+        optimizer.step()
+    assert watch.latest.step == 0
+    assert watch.latest.micro_batches == 4

@@ -120,15 +120,31 @@ def test_what_is_printed_is_a_detect_section(cli, recorded):
         assert {key: getattr(policy.detect[kind], key) for key in values} == values
 
 
-def test_a_run_that_was_not_finite_is_left_out(cli, recorded):
-    bad = recorded(None, gains=lambda step: math.nan if step == 50 else 1.0)
+def test_the_rest_of_the_section_that_was_gone_from_is_printed_too(cli, recorded, tmp_path):
+    section = {
+        "every": 5,
+        "culprit": "replay",
+        "exploding": {"layers": "a*", "z": 7.0, "then": "stop"},
+        "vanishing": "none",
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"version": 1, "detect": section}))
+    done = cli("tune", recorded(None, steps=300).path, "--policy", "mine.yaml")
+    printed = parse_policy(f"version: 1\n{done.stdout}").detect
+    assert (printed.every, printed.culprit, printed.vanishing) == (5, "replay", None)
+    assert (printed.exploding.layers, printed.exploding.then) == (("a*",), "stop")
+
+
+@pytest.mark.parametrize("detect", [{}, {"nonfinite": "none"}])
+def test_a_run_that_was_not_finite_is_left_out(cli, recorded, detect):
+    policy = {"version": 1, "detect": detect}
+    bad = recorded(policy, gains=lambda step: math.nan if step == 50 else 1.0)
     done = cli("tune", bad.path)
     assert done.returncode == 2
     assert "left out, step 50 was not finite" in done.stderr
     assert "none of these runs is healthy" in done.stderr
 
 
-@pytest.mark.parametrize(("hits", "trials"), [(0, 60), (1, 60), (3, 12), (0, 1)])
+@pytest.mark.parametrize(("hits", "trials"), [(0, 60), (1, 60), (3, 12), (0, 1), (2, 10**6)])
 def test_bounds_are_those_of_clopper_and_pearson(hits, trials):
     expected = beta.ppf(0.95, hits + 1, trials - hits)
     assert upper_bound(hits, trials) == pytest.approx(expected, rel=1e-9)

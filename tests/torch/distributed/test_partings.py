@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import gradwatch
 
@@ -85,6 +85,12 @@ def refused(rank, size):
         with pytest.raises((gradwatch.PolicyError, gradwatch.AttachError)) as error:
             sharded({"version": 1, "clip": [clip]})
         said.append(str(error.value))
+    model = FullyShardedDataParallel(
+        nn.Sequential(nn.Linear(6, 9)), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    with pytest.raises(gradwatch.AttachError) as error:
+        gradwatch.attach(model, torch.optim.SGD(model.parameters()), port=None, recording=None)
+    said.append(str(error.value))
     return said
 
 
@@ -93,3 +99,33 @@ def test_what_is_not_measured_of_shards_is_refused(on_ranks):
     for said in on_ranks(refused, size=2):
         assert "per unit" in said[0]
         assert "updates" in said[1]
+        assert "Use torch.distributed.fsdp.fully_shard" in said[2]
+
+
+def one_without_gradients(rank, size):
+    """Each process has a layer of its own; one of them none of its gradients in step 2."""
+    model = nn.ModuleDict({f"layer{rank}": nn.Linear(3, 3)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    squares = []
+    policy = {"version": 1, "clip": [{"limit": 0.1}]}
+    with gradwatch.attach(model, optimizer, policy, port=None, recording=None) as watch:
+        for step in range(4):
+            optimizer.zero_grad()
+            if not (step == 2 and rank == 1):
+                model[f"layer{rank}"](torch.ones(2, 3)).square().sum().backward()
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            squares.append(sum(float(grad.double().square().sum()) for grad in grads))
+            optimizer.step()
+        return squares, watch.history(4)
+
+
+@pytest.mark.slow
+def test_a_rank_without_gradients_joins(on_ranks):
+    results = on_ranks(one_without_gradients, size=3)
+    for _, records in results:
+        for step, record in enumerate(records):
+            squares = [of_one[step] for of_one, _ in results]
+            assert record.total_norm == pytest.approx(sum(squares) ** 0.5, rel=5e-7)
+            assert record.grad_norms.tolist() == pytest.approx([s**0.5 for s in squares], rel=5e-7)
+            assert record.clipped
+        assert records[2].grad_norms[1] == 0.0
