@@ -18,13 +18,14 @@ import typer
 from gradwatch.dashboards import RUNBOOK_URL, build_rules, write_dashboards
 from gradwatch.demo.command import demo
 from gradwatch.errors import GradwatchError
+from gradwatch.page.command import report_command
 from gradwatch.policy import load_policy
 from gradwatch.policy.schema import schema_text
 from gradwatch.policy.sentences import sentences
 from gradwatch.progress import shown_recording
 from gradwatch.recording.export import export_recording
-from gradwatch.report.command import report_command
 from gradwatch.serve.command import serve_command
+from gradwatch.top import top_command
 from gradwatch.whatif.command import advise_command, replay_command
 from gradwatch.whatif.tune_command import tune_command
 
@@ -46,6 +47,7 @@ commands.command("advise")(advise_command)
 commands.command("report")(report_command)
 commands.command("tune")(tune_command)
 commands.command("serve")(serve_command)
+commands.command("top")(top_command)
 commands.add_typer(dashboards, name="dashboards")
 commands.add_typer(rules, name="rules")
 

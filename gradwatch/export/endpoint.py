@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Mapping
 
 from gradwatch.export.addresses import is_loopback, listen_near, reachable
-from gradwatch.export.messages import Request, Response
+from gradwatch.export.messages import Answer, Request, Response
 from gradwatch.export.scrapes import Scrapes
 from gradwatch.export.server import Server
 from gradwatch.export.site import Site
@@ -34,6 +34,7 @@ class Endpoint:
         health: Callable[[], Mapping[str, object]] = dict,
         title: str = "gradwatch",
         page: Callable[[], str] = str,
+        beside: Callable[[Request], Answer | None] = lambda request: None,
         listener: socket.socket | None = None,
         on_error: Callable[[Exception], None] = lambda error: None,
     ) -> None:
@@ -45,6 +46,7 @@ class Endpoint:
             health: what /healthz tells beside `status: ok`.
             title: of the page.
             page: HTML that the page shows beside its links.
+            beside: asked first of each request; None leaves it to the pages here.
             listener: what is listened on instead of `host` and `port`; it belongs to the endpoint
                 from now on.
             on_error: told of each exception that an answer raised.
@@ -70,6 +72,7 @@ class Endpoint:
             health,
             title=title,
             page=page,
+            beside=beside,
             on_loopback=is_loopback(address),
             on_error=self._failed,
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
-__all__ = ["END_OF_HEAD", "PLAIN", "Request", "Response", "encoded", "parsed"]
+__all__ = ["END_OF_HEAD", "PLAIN", "Answer", "Request", "Response", "encoded", "parsed"]
 
 END_OF_HEAD = b"\r\n\r\n"
 PLAIN = "text/plain; charset=utf-8"
@@ -22,6 +22,9 @@ class Request:
     headers: Mapping[str, str]
     """By lower-case name."""
 
+    query: str = ""
+    """What stands behind the question mark, as it was sent."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
@@ -29,6 +32,10 @@ class Response:
     body: bytes = b""
     content_type: str = PLAIN
     headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Answer = Response | Awaitable[Response]
+"""Now, or once it is there: what takes long is made on another thread."""
 
 
 def parsed(head: bytes) -> Request:
@@ -43,7 +50,8 @@ def parsed(head: bytes) -> Request:
         raise ValueError(f"expected HTTP/1. Received: {version!r}")
     pairs = (line.partition(":")[::2] for line in rest)
     headers = {name.strip().lower(): value.strip() for name, value in pairs}
-    return Request(method, urlsplit(target).path or "/", headers)
+    where = urlsplit(target)
+    return Request(method, where.path or "/", headers, where.query)
 
 
 def encoded(response: Response, *, with_body: bool = True) -> bytes:

@@ -17,7 +17,7 @@ import weakref
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Callable
 
-from gradwatch.export.messages import END_OF_HEAD, Request, Response, encoded, parsed
+from gradwatch.export.messages import END_OF_HEAD, Answer, Request, Response, encoded, parsed
 
 __all__ = ["Server"]
 
@@ -38,14 +38,14 @@ class Server:
     def __init__(
         self,
         listener: socket.socket,
-        answer: Callable[[Request], Response],
+        answer: Callable[[Request], Answer],
         *,
         on_served: Callable[[Request, Response, float], None],
         on_error: Callable[[Exception], None],
     ) -> None:
         """
         Args:
-            answer: must not raise.
+            answer: must not raise. It is called on the thread that answers everybody.
             on_served: told when the last byte of a response was sent, with the monotonic time at
                 which its request had come.
             on_error: told of what nobody expected.
@@ -162,7 +162,8 @@ class Server:
         if isinstance(request, Response):
             response, with_body = request, True
         else:
-            response, with_body = self._answer(request), request.method != "HEAD"
+            answer, with_body = self._answer(request), request.method != "HEAD"
+            response = answer if isinstance(answer, Response) else await answer
         async with asyncio.timeout(ANSWER_SECONDS):
             writer.write(encoded(response, with_body=with_body))
             writer.close()

@@ -12,7 +12,7 @@ import ipaddress
 import json
 from collections.abc import Callable, Mapping
 
-from gradwatch.export.messages import Request, Response
+from gradwatch.export.messages import Answer, Request, Response
 
 __all__ = ["Site"]
 
@@ -31,6 +31,7 @@ class Site:
         *,
         title: str,
         page: Callable[[], str] = str,
+        beside: Callable[[Request], Answer | None] = lambda request: None,
         on_loopback: bool,
         on_error: Callable[[Exception], None],
     ) -> None:
@@ -40,6 +41,7 @@ class Site:
             health: what is told beside `status: ok`.
             title: of the page.
             page: HTML that the page shows beside its links.
+            beside: asked first; None leaves it to the pages here.
             on_loopback: whether only this machine can ask. Then a foreign Host is refused, and
                 nothing is compressed, since it would cost the trainer more than it saves.
             on_error: told of an exception of `render` or `health`.
@@ -49,20 +51,24 @@ class Site:
             "/metrics": self._metrics,
             "/healthz": self._healthz,
         }
+        self._beside = beside
         self._render = render
         self._health = health
         self._on_loopback = on_loopback
         self._on_error = on_error
 
-    def answer(self, request: Request) -> Response:
+    def answer(self, request: Request) -> Answer:
         if self._on_loopback and not _is_local(request.headers.get("host", "")):
             return Response(status=421, body=FOREIGN_HOST)
         page = self._pages.get(request.path)
-        if page is None:
-            return Response(status=404, body=b"There is /metrics and /healthz.\n")
-        if request.method not in ("GET", "HEAD"):
-            return Response(status=405, body=b"Only GET and HEAD.\n", headers=ALLOW)
         try:
+            beside = self._beside(request)
+            if beside is not None:
+                return beside
+            if page is None:
+                return Response(status=404, body=b"There is /metrics and /healthz.\n")
+            if request.method not in READING:
+                return Response(status=405, body=b"Only GET and HEAD.\n", headers=ALLOW)
             return page(request)
         except Exception as error:
             self._on_error(error)
@@ -86,6 +92,7 @@ class Site:
         return Response(body=text.encode() + b"\n", content_type=JSON)
 
 
+READING = ("GET", "HEAD")
 ALLOW = {"Allow": "GET, HEAD"}
 
 FOREIGN_HOST = (

@@ -257,7 +257,9 @@ class Recording:
     def _only_in_ring(self) -> list[StepRecord]:
         """What the consumer has not moved into SQLite, or could not."""
         in_ring = self._in_ring()
-        first = min((record.step for record in in_ring), default=0)
+        if not in_ring:
+            return []
+        first = min(record.step for record in in_ring)
         stored = set(self._read("SELECT step, time FROM steps WHERE step >= ?", first))
         return [record for record in in_ring if _key(record) not in stored]
 

@@ -83,6 +83,10 @@ class Tail:
         except sqlite3.Error as error:
             raise RecordingError(f"{self.path}: cannot be read ({error})") from error
 
+    def skip_to(self, row: int) -> None:
+        """Leaves out the rows up to this one."""
+        self._row = max(self._row, row)
+
     def read(self, most: int) -> Gained:
         """
         Args:

@@ -16,7 +16,7 @@ from gradwatch.chart import log_chart
 from gradwatch.recording.cards import Card
 from gradwatch.records import Origin
 
-__all__ = ["card_lines", "headline", "labelled", "printable"]
+__all__ = ["card_lines", "headline", "labelled", "printable", "told"]
 
 WIDEST_NAME = 60
 MOST_SAID = 2000
@@ -73,13 +73,7 @@ def card_lines(card: Card, width: int = 100) -> Iterator[str]:
     """The whole card; what is text is wrapped, tables are not."""
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(card.time))
     yield f"{headline(card)}, {when}, run {printable(card.environment.get('run', ''))}"
-    for label, text in (
-        ("began in", _began(card)),
-        ("done", _done(card)),
-        ("to do", _to_do(card)),
-        ("found", printable(card.message, MOST_SAID)),
-        *_evidence(card),
-    ):
+    for label, text in (*told(card), *_evidence(card)):
         yield from labelled(label, text, width)
     yield ""
     yield from _history(card)
@@ -189,3 +183,13 @@ def printable(text: str | None, widest: int = WIDEST_NAME) -> str:
     """Text from outside, without what a terminal would act on, and cut where it is long."""
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text or "")
     return shown if len(shown) <= widest else f"{shown[: widest - 3]}..."
+
+
+def told(card: Card) -> list[tuple[str, str]]:
+    """Labels and sentences: where it began, what was done, what to do, what was found."""
+    return [
+        ("began in", _began(card)),
+        ("done", _done(card)),
+        ("to do", _to_do(card)),
+        ("found", printable(card.message, MOST_SAID)),
+    ]

@@ -16,10 +16,10 @@ from pathlib import Path
 from gradwatch.errors import GradwatchError
 from gradwatch.export.exporter import content_type
 from gradwatch.export.renderer import Lines, agent_lines, exposition
+from gradwatch.recording.finding import Candidate, Refusal, find
 from gradwatch.recording.tail import Tail
 from gradwatch.recording.writer import writer_lives
 from gradwatch.report.card import printable
-from gradwatch.serve.finding import Candidate, Refusal, find
 from gradwatch.serve.page import Line, page
 from gradwatch.serve.run import Run, chosen
 from gradwatch.tally import STATES

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from gradwatch.export.renderer import Renderer
 from gradwatch.export.series import clean
+from gradwatch.follower import Follower
+from gradwatch.recording.finding import Candidate
 from gradwatch.recording.tail import Tail
-from gradwatch.serve.finding import Candidate
-from gradwatch.serve.follower import Follower
 
 __all__ = ["Run", "chosen"]
 

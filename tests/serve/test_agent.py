@@ -14,8 +14,8 @@ import pytest
 
 from gradwatch.export.metrics import AGENT_METRICS
 from gradwatch.export.renderer import OPENMETRICS, TEXT, Renderer
+from gradwatch.follower import Follower
 from gradwatch.serve.agent import Agent
-from gradwatch.serve.follower import Follower
 
 NOT_COMPARED = {
     # Of the last transaction there and of the moment here.
@@ -446,7 +446,7 @@ class TestCommand:
         served = serve(runs)
         base = served.url.removesuffix("/metrics")
         eventually(lambda: '"running": 1' in fetched(f"{base}/healthz"))
-        page = fetched(f"{base}/")
+        page = fetched(f"{base}/agent")
         assert "<td>one</td><td>0</td><td>running</td><td>2</td>" in page
 
     def test_the_text_form_is_what_a_browser_gets(self, serve, runs):

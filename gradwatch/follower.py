@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from gradwatch.errors import PolicyError, RecordingError
 from gradwatch.policy import load_policy, parse_policy
@@ -22,7 +23,7 @@ from gradwatch.records import Anomaly, RunInfo, StepRecord
 from gradwatch.rules.detection import KINDS, Detection
 from gradwatch.tally import STATES, Tally
 
-__all__ = ["Follower"]
+__all__ = ["Follower", "checked"]
 
 OPEN_SECONDS = 1.0
 """After which a run's own consumer looks at a record that the next step has not closed."""
@@ -46,17 +47,19 @@ class Follower:
         self,
         tail: Tail,
         *,
+        recent: bool = False,
         lives: Callable[[RunInfo], bool | None] = writer_lives,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
+            recent: count only what is judged too: for those who ask what is open now.
             lives: whether the process that writes is there; None where nobody knows.
 
         Raises:
             RecordingError: the recording cannot be read.
         """
-        self.info = _checked(tail)
+        self.info = checked(tail.path, tail.info)
         self.tally = Tally(self.info, kinds=KINDS)
         self.tally.set_status(None)
         self.caught_up = False
@@ -68,6 +71,9 @@ class Follower:
         self.state = "running"
         self.alive: bool | None = None
         """Whether its process was there at the last look; None where nobody knows."""
+
+        self.calm_since: int | None = None
+        """The first step in which no alert was open any more; None while one is, or none was."""
 
         self.unjudged = ""
         """Why `anomaly_active` is not known."""
@@ -81,6 +87,8 @@ class Follower:
         newest, alert = tail.landmarks()
         first = min(newest - JUDGED, alert - WARMED_UP if alert else newest)
         self._judged_from = max(first, newest - MOST_JUDGED)
+        if recent:
+            tail.skip_to(self._judged_from)
         self._policies: list[tuple[int, str]] = []
         self._handled: deque[Key] = deque(maxlen=REMEMBERED)
         self._early: dict[Key, tuple[Anomaly, ...]] = {}
@@ -178,6 +186,7 @@ class Follower:
         if self._detection is not None:
             active = self._detection.active()
             if active != self._active:
+                self.calm_since = None if active else record.step
                 self._active = active
                 self.tally.set_active(active)
 
@@ -216,15 +225,14 @@ def _key(record: StepRecord) -> Key:
     return record.step, record.time
 
 
-def _checked(tail: Tail) -> RunInfo:
+def checked(path: Path, info: RunInfo) -> RunInfo:
     """
     Raises:
-        RecordingError: what becomes a label is of no use as one.
+        RecordingError: what is shown of every run is not what it should be.
     """
-    info = tail.info
     words: tuple[object, ...] = (
         info.run, info.mode, info.policy, info.policy_sha256, info.framework, info.model,
-        info.version, info.process_table,
+        info.version, info.host, info.device, info.process_table,
     )  # fmt: skip
     if (
         all(isinstance(word, str) for word in words)
@@ -232,4 +240,4 @@ def _checked(tail: Tail) -> RunInfo:
         and isinstance(info.started, (int, float))
     ):
         return info
-    raise RecordingError(f"{tail.path}: the description of the run is damaged")
+    raise RecordingError(f"{path}: the description of the run is damaged")

@@ -1,0 +1,1 @@
+"""Recordings in, pictures and words for people out: the live page and the report."""

@@ -1,0 +1,107 @@
+"""A recording in, how its run stands out: state, findings, open alerts, verdict; no norms.
+
+Cheap enough to be asked of every run in a list, again and again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gradwatch.follower import Follower, checked
+from gradwatch.page.verdict import Known, Verdict, verdict
+from gradwatch.recording.cards import Card
+from gradwatch.recording.reader import Recording
+from gradwatch.recording.tail import Tail
+from gradwatch.recording.writer import writer_lives
+from gradwatch.records import Anomaly, RunInfo, StepRecord
+
+__all__ = ["Standing", "Stands"]
+
+RECENT = 50
+CHUNK = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stands:
+    """How a run stands at one moment."""
+
+    info: RunInfo
+    known: Known
+    verdict: Verdict
+    latest: StepRecord | None
+    clipped: float
+    """Share of the last steps; NaN before the first."""
+
+    policies: Sequence[tuple[int, str]]
+    """Those that took the place of the first one, each with its first step."""
+
+    @property
+    def state(self) -> str:
+        return self.known.state
+
+    @property
+    def policy(self) -> str:
+        """In force, as YAML; empty without one."""
+        return self.policies[-1][1] if self.policies else self.info.policy
+
+
+class Standing:
+    """Remembers what it read, so that the next look is quick. Used by one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._follower: Follower | None = None
+
+    def look(self) -> Stands:
+        """
+        Raises:
+            RecordingError: it is not a recording, or cannot be read.
+        """
+        with Recording(self.path) as recording:
+            info, state = checked(self.path, recording.info), recording.state
+            anomalies, cards = recording.anomalies(), recording.cards()
+            recent, policies = recording.last(RECENT), recording.policies()
+        if state == "running" and writer_lives(info) is False:
+            state = "crashed"
+        open_alerts = self._open(anomalies, cards, state)
+        latest = recent[-1] if recent else None
+        durations = [one.duration_seconds for one in recent if one.duration_seconds > 0]
+        known = Known(
+            state=state,
+            step=None if latest is None else latest.step,
+            last_time=math.nan if latest is None else latest.time,
+            step_seconds=float(np.median(durations)) if durations else math.nan,
+            anomalies=anomalies,
+            cards=cards,
+            open=open_alerts,
+            calm_since=None if self._follower is None else self._follower.calm_since,
+        )
+        return Stands(
+            info=info,
+            known=known,
+            verdict=verdict(known),
+            latest=latest,
+            clipped=float(np.mean([one.clipped for one in recent])) if recent else math.nan,
+            policies=policies,
+        )
+
+    def _open(
+        self, anomalies: Sequence[Anomaly], cards: Sequence[Card], state: str
+    ) -> Mapping[str, Sequence[str]] | None:
+        """Alerts whose episode has not ended, as the detectors find it over the last records."""
+        levels = {*(one.level for one in anomalies), *(card.level for card in cards)}
+        if "alert" not in levels and state != "crashed":
+            return {}
+        if self._follower is None:
+            self._follower = Follower(Tail(self.path), recent=True)
+        follower = self._follower
+        while not follower.ended:
+            follower.look(CHUNK)
+            if follower.caught_up:
+                break
+        return None if follower.unjudged else dict(follower.tally.snapshot().active)

@@ -1,0 +1,197 @@
+"""What is known of a run in, the answer to "is it healthy?" out: since when not, where, what was
+done, what to do.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gradwatch.policy import KINDS
+from gradwatch.recording.cards import Card
+from gradwatch.records import Anomaly
+from gradwatch.report.card import printable, told
+
+__all__ = ["Health", "Known", "Verdict", "duration", "verdict"]
+
+Health = Literal["healthy", "over", "warning", "alert", "unknown"]
+"""`over`: there were alerts, and none is open any more."""
+
+SILENT_SECONDS, SILENT_STEPS = 60.0, 20.0
+"""A run without a step for so long, and for so many of its usual steps, is said to be silent."""
+
+JUST_BEFORE = 50
+"""Steps between an alert and an end that it is named with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What a verdict is made of."""
+
+    state: str
+    """`running`, `finished`, `stopped` or `crashed`."""
+
+    step: int | None
+    """The last one; None before the first."""
+
+    last_time: float = math.nan
+    """Of that step, in Unix time."""
+
+    step_seconds: float = math.nan
+    """How long a step takes."""
+
+    anomalies: Sequence[Anomaly] = ()
+    cards: Sequence[Card] = ()
+    open: Mapping[str, Sequence[str]] | None = None
+    """Kinds of alert whose episode is open, with their layers; None while that is not known."""
+
+    calm_since: int | None = None
+    """The first step in which no alert was open any more, where that was seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    health: Health
+    headline: str
+    """One line: whether it is healthy, since when not, what and where."""
+
+    lines: Sequence[tuple[str, str]] = ()
+    """Labels and sentences: where it began, what was done, what to do."""
+
+    card: Card | None = None
+    """What to look at first."""
+
+
+def verdict(known: Known, now: float | None = None) -> Verdict:
+    """
+    Args:
+        now: in Unix time.
+    """
+    now = time.time() if now is None else now
+    alerts = _alerts(known)
+    if known.step is None:
+        return Verdict(health="unknown", headline=f"No step yet; the run is {known.state}")
+    latest = max((step for step, _ in alerts), default=None)
+    ended = known.state in ("crashed", "stopped")
+    if latest is not None and (
+        known.open is None or known.open or (ended and known.step - latest <= JUST_BEFORE)
+    ):
+        return _not_healthy(known, alerts, now)
+    if ended:
+        before = " No alert came before." if latest is None else ""
+        return Verdict(
+            health="warning",
+            headline=f"{known.state.capitalize()} at step {known.step}.{before}",
+            lines=[("to do", "read the log of the run: what ended it is not in its gradients")],
+        )
+    silent = now - known.last_time
+    usual = max(SILENT_SECONDS, SILENT_STEPS * (known.step_seconds or 0))
+    if known.state == "running" and silent > usual:
+        return Verdict(
+            health="warning",
+            headline=f"No step for {duration(silent)}, the last one was {known.step}",
+            lines=[("to do", "see whether the process hangs: evaluation, a checkpoint, the loader, "
+                    "or a rank that others wait for")],
+        )  # fmt: skip
+    if latest is not None:
+        return _over(known, alerts)
+    warnings = [one for one in known.anomalies if one.level == "warning"]
+    if warnings:
+        last = warnings[-1]
+        return Verdict(
+            health="healthy",
+            headline=f"Healthy up to step {known.step:,}, with {_count(len(warnings), 'warning')}; "
+            f"the last: {last.kind}{_in(last.layer)} at step {last.step}",
+            card=_card_at(known, last.step, last.kind),
+        )
+    return Verdict(
+        health="healthy",
+        headline=f"Healthy: no alert up to step {known.step:,}",
+        lines=[("to do", "nothing")],
+    )
+
+
+def _not_healthy(known: Known, alerts: Sequence[tuple[int, str]], now: float) -> Verdict:
+    kinds = set(known.open) if known.open else {kind for _, kind in alerts}
+    # An episode has one anomaly; the newest of each open kind is where that began.
+    begun = {kind: step for step, kind in alerts if kind in kinds}
+    if not begun:
+        begun = {kind: step for step, kind in alerts[-1:]}
+    first = min(begun.values())
+    kind = min((k for k, step in begun.items() if step == first), key=_urgency)
+    card = _card_at(known, first, kind)
+    others = sorted(set(begun) - {kind}, key=_urgency)
+    ago = f", {duration(now - card.time)} ago" if card and known.state == "running" else ""
+    end = "" if known.state == "running" else f"; the run {known.state} at step {known.step}"
+    also = f"; also {', '.join(others)}" if others else ""
+    layer = card.layer if card else next(iter((known.open or {}).get(kind, ())), None)
+    if known.state == "finished":
+        end = f"; it finished so at step {known.step}"
+    return Verdict(
+        health="alert",
+        headline=f"Not healthy since step {first}{ago}: {kind}{_in(layer)}{also}{end}",
+        lines=told(card) if card else (),
+        card=card,
+    )
+
+
+def _over(known: Known, alerts: Sequence[tuple[int, str]]) -> Verdict:
+    # Of alerts that came close behind each other the first one tells how it began.
+    step, kind = alerts[-1]
+    for earlier, other in reversed(alerts[:-1]):
+        if step - earlier > JUST_BEFORE:
+            break
+        step, kind = earlier, other
+    card = _card_at(known, step, kind)
+    since = f" since step {known.calm_since}" if known.calm_since is not None else ""
+    which = "; see " if len(alerts) > 1 else ": "
+    return Verdict(
+        health="over",
+        headline=f"Healthy again{since}, after {_count(len(alerts), 'alert')}{which}{kind}"
+        f"{_in(card.layer if card else None)} at step {step}",
+        lines=told(card) if card else (),
+        card=card,
+    )
+
+
+def _alerts(known: Known) -> list[tuple[int, str]]:
+    """Steps and kinds; a card may be there before its anomaly is."""
+    found = {(one.step, one.kind) for one in known.anomalies if one.level == "alert"}
+    newest = max((one.step for one in known.anomalies), default=-1)
+    found |= {
+        (card.step, card.kind)
+        for card in known.cards
+        if card.level == "alert" and card.step > newest
+    }
+    return sorted(found, key=lambda one: (one[0], _urgency(one[1])))
+
+
+def _card_at(known: Known, step: int, kind: str) -> Card | None:
+    cards = [card for card in known.cards if card.step == step]
+    return next((card for card in cards if card.kind == kind), None)
+
+
+def _urgency(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
+
+
+def _in(layer: str | None) -> str:
+    return f" in {printable(layer)}" if layer else ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def duration(seconds: float) -> str:
+    """As people say it: `40 s`, `12 min`, `3.5 h`, `2 days`."""
+    if not math.isfinite(seconds):
+        return "an unknown time"
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            shown = f"{seconds / unit:.1f}" if name == "h" else f"{max(seconds, 0) / unit:.0f}"
+            return f"{shown} {name}"
+    return f"{seconds / 86400:.0f} days"
