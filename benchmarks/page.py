@@ -11,6 +11,7 @@ too. Processor time is that of the server, read from the system. Needs chromium 
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import gzip
 import json
@@ -98,6 +99,7 @@ def started_server(directory: str) -> tuple[subprocess.Popen[str], str]:
         [sys.executable, "-m", "gradwatch", "serve", directory, "--port", "0"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+    atexit.register(server.kill)  # whatever ends this program first
     assert server.stdout is not None
     server.stdout.readline()
     return server, server.stdout.readline().split()[-1]
@@ -207,6 +209,7 @@ def main() -> None:
         writer = subprocess.Popen(
             [sys.executable, __file__, "--write", directory, "150", str(options.rate)]
         )
+        atexit.register(writer.kill)
         time.sleep(5)
         (live,) = (path.name for path in Path(directory).glob("live*.sqlite"))
         share = idle(browser, server, f"{url}run?r={live}", options.seconds)

@@ -170,7 +170,6 @@ class TestPaths:
         "UPDATE steps SET scalars = 'no json'",
         "UPDATE steps SET step = 'x'",
         "UPDATE steps SET total_norm = 'x'",
-        "INSERT INTO cards (step, kind, card) VALUES (1, 'nonfinite', '[]')",
         "DROP TABLE anomalies",
         "DROP TABLE steps",
     ],
@@ -189,6 +188,18 @@ def test_a_damaged_recording_is_refused_and_the_others_are_listed(damage, record
     assert b">whole</a>" in get(pages, "/").body
     assert get(pages, "/run", f"r={whole.path.name}").status == 200
     assert pages.errors == []
+
+
+def test_a_card_that_cannot_be_read_is_left_out(record, pages):
+    run = record("one")
+    run.steps(120, spikes=dict.fromkeys(range(100, 105), 300.0))
+    run.pipeline.close("finished")
+    with closing(sqlite3.connect(run.path, isolation_level=None)) as connection:
+        connection.execute("UPDATE cards SET card = '[]'")
+    answer = get(pages, "/run", f"r={run.path.name}")
+    assert answer.status == 200
+    assert b"exploding" in answer.body
+    assert b"the whole card" not in answer.body
 
 
 class TestNews:
