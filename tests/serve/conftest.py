@@ -28,8 +28,8 @@ import os, signal, sys, torch, gradwatch, gradwatch.torch.watch as watching
 torch.set_num_threads(1)
 torch.manual_seed(0)
 name, rank, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-made = watching.RunInfo
-watching.RunInfo = lambda **facts: made(**{**facts, "rank": rank})
+made = watching.run_info
+watching.run_info = lambda *given, **facts: made(*given, **{**facts, "rank": rank})
 model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
 watch = gradwatch.attach(
