@@ -20,10 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gradwatch.chart import columns, log_chart, span
-from gradwatch.page.verdict import Health, duration
 from gradwatch.page.watched import Seen, Watched
 from gradwatch.recording.reader import open_recording
 from gradwatch.report.card import printable
+from gradwatch.report.verdict import Health, duration
 from gradwatch.stopping import stoppable
 
 __all__ = ["screen", "top_command"]

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradwatch.errors import GradwatchError
-from gradwatch.page.standing import Standing, Stands
 from gradwatch.page.watched import Watched
 from gradwatch.recording.finding import Candidate, Refusal, find
 from gradwatch.recording.reader import Recording
 from gradwatch.records import RunInfo
+from gradwatch.report.standing import Standing, Stands
 
 __all__ = ["Catalogue", "Entry"]
 

@@ -19,11 +19,11 @@ from gradwatch.page.grid import Grid
 from gradwatch.page.layer import layer_columns, neighbours_of
 from gradwatch.page.more_figures import compared, layer_figures, rank_figure
 from gradwatch.page.plots import Drawn
-from gradwatch.page.standing import Stands
 from gradwatch.page.watched import Seen, Watched
 from gradwatch.page.words import query
 from gradwatch.recording.cards import Card
 from gradwatch.report.card import card_lines, printable, told
+from gradwatch.report.standing import Stands
 
 __all__ = [
     "Steps",

@@ -18,9 +18,9 @@ from gradwatch.page.columns import told_of
 from gradwatch.page.grid import Grid, columns_for, grid_of, joined, with_usual
 from gradwatch.page.overview import Overview
 from gradwatch.page.reading import Rows, reading, rows_after, rows_between, rows_of, steps_in
-from gradwatch.page.standing import Standing, Stands
 from gradwatch.recording.reader import Recording
 from gradwatch.recording.tail import Tail
+from gradwatch.report.standing import Standing, Stands
 
 __all__ = ["Seen", "Watched"]
 

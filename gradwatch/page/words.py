@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 import jinja2
 
 from gradwatch.page.columns import short
-from gradwatch.page.verdict import duration
+from gradwatch.report.verdict import duration
 
 __all__ = ["environment", "number", "query"]
 

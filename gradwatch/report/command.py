@@ -16,6 +16,7 @@ from gradwatch.recording.cards import Card
 from gradwatch.recording.reader import Recording, open_recording
 from gradwatch.records import Anomaly
 from gradwatch.report.card import card_lines, headline, labelled, printable
+from gradwatch.report.standing import Standing
 
 __all__ = ["report_command"]
 
@@ -79,7 +80,7 @@ def _overview(recording: Recording) -> Iterator[str]:
         f"{levels[level]} {level}{'s' * (levels[level] != 1)}"
         for level in ("alert", "warning", "event")
     ]
-    yield f"verdict: {'not healthy' if levels['alert'] else 'healthy'} ({', '.join(said)})"
+    yield f"verdict: {Standing(recording.path).look().verdict.headline} ({', '.join(said)})"
     episodes = _episodes(cards, recording.anomalies())
     if len(episodes) > MOST_LISTED:
         yield f"the last {MOST_LISTED} of {len(episodes)} findings:"

@@ -77,7 +77,7 @@ def test_an_explosion_is_told_with_what_the_policy_did(recorded, capsys):
 def test_without_options_every_finding_has_its_line(recorded, capsys):
     lines = said(capsys, recorded(gain=1e3))
     assert lines[0] == "run on-call, rank 0: finished, step 89, 2 layers"
-    assert lines[1].startswith("verdict: not healthy (")
+    assert lines[1].startswith("verdict: Not healthy since step ")
     assert any("step 82  alert exploding" in line for line in lines)
 
 
@@ -102,7 +102,7 @@ def test_an_episode_of_bad_steps_is_one_line(tmp_path, capsys):
 
 def test_a_healthy_run_is_said_to_be_healthy(recorded, capsys):
     directory = recorded()
-    assert said(capsys, directory)[1].startswith("verdict: healthy (0 alerts, 0 warnings")
+    assert said(capsys, directory)[1].startswith("verdict: Healthy: no alert up to step ")
     assert said(capsys, directory, "--last-anomaly") == ["run on-call: no warning and no alert"]
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from gradwatch.follower import Follower, checked
-from gradwatch.page.verdict import Known, Verdict, verdict
 from gradwatch.recording.cards import Card
 from gradwatch.recording.reader import Recording
 from gradwatch.recording.tail import Tail
 from gradwatch.recording.writer import writer_lives
 from gradwatch.records import Anomaly, RunInfo, StepRecord
+from gradwatch.report.verdict import Known, Verdict, verdict
 
 __all__ = ["Standing", "Stands"]
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from gradwatch.page.verdict import Known, duration, verdict
 from gradwatch.recording.cards import card_of
 from gradwatch.records import Anomaly, Layout, Parameter, RunInfo, StepRecord
+from gradwatch.report.verdict import Known, duration, verdict
 
 NOW = 1_000_000.0
 
