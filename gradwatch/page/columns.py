@@ -204,10 +204,12 @@ def short(name: str, most: int = NAME_LENGTH) -> str:
     return f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
 
 
-def by_rank(grids: Mapping[int, Grid | None]) -> dict[str, Columns]:
-    """How long steps take on each rank; the longest one of a column."""
-    return {
-        f"rank {rank}": {"x": grid.middle_C, "seconds": _drawable(grid.numbers["duration_seconds"])}
-        for rank, grid in grids.items()
-        if grid is not None
-    }
+def by_rank(grids: Mapping[int, Grid | None], what: str) -> dict[str, Columns]:
+    """One number of each rank; the largest one of a column, and no column without one."""
+    found = {}
+    for rank, grid in grids.items():
+        if grid is not None:
+            known_C = np.isfinite(grid.numbers[what])
+            value = _drawable(grid.numbers[what][known_C])
+            found[f"rank {rank}"] = {"x": grid.middle_C[known_C], "value": value}
+    return found

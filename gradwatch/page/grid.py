@@ -34,6 +34,7 @@ HOW: dict[str, np.ufunc] = {
     "loss_scale": np.fmin,
     "learning_rate": np.fmax,
     "noise_scale": np.fmax,
+    "local_norm": np.fmax,
     "duration_seconds": np.fmax,
     "time": np.fmax,
     "count": np.add,

@@ -21,28 +21,38 @@ from gradwatch.page.plots import (
     steps_range,
 )
 
-__all__ = ["compared", "layer_figures", "rank_figure"]
+__all__ = ["RANKS", "compared", "layer_figures", "rank_figure"]
 
 
-def rank_figure(columns: Mapping[str, Columns], steps: tuple[float, float]) -> Drawn:
-    plot = plot_of("ranks", steps_range(*steps), "seconds a step", log=True, height=HEIGHT)
+RANKS = {
+    "duration_seconds": (
+        "Ranks", "seconds a step",
+        "How long a step takes on each rank, the longest of each column, logarithmic. A rank that "
+        "lies above the others keeps them waiting.",
+    ),
+    "local_norm": (
+        "Own gradients", "own norm",
+        "The norm of each rank's own gradient before it is averaged with the others, as sampled, "
+        "logarithmic. A rank that goes its own way has other data, another seed or bad hardware.",
+    ),
+}  # fmt: skip
+"""By the number that is compared: heading, axis, explanation."""
+
+
+def rank_figure(what: str, columns: Mapping[str, Columns], steps: tuple[float, float]) -> Drawn:
+    heading, axis, said = RANKS[what]
+    plot = plot_of(f"ranks-{what}", steps_range(*steps), axis, log=True, height=HEIGHT)
     lines = [
         plot.line(
-            "x", "seconds", source=ColumnDataSource(data=data, name=name), line_width=1.5,
+            "x", "value", source=ColumnDataSource(data=data, name=name), line_width=1.5,
             color=MORE[i % len(MORE)], line_dash=("solid", *DASHES)[i // len(MORE) % 5],
             legend_label=name,
         )
         for i, (name, data) in enumerate(columns.items())
     ]  # fmt: skip
-    hover(plot, lines[:1], [("seconds", "@seconds{0.000}")])
+    hover(plot, lines[:1], [(axis, "@value{0.000}")])
     legend(plot)
-    return Drawn(
-        "ranks",
-        "Ranks",
-        "How long a step takes on each rank, the longest of each column, logarithmic. A rank that "
-        "lies above the others keeps them waiting.",
-        plot,
-    )
+    return Drawn(f"ranks-{what}", heading, said, plot)
 
 
 def layer_figures(

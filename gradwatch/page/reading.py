@@ -37,7 +37,7 @@ JUDGED = ("total_norm", "total_norm_clipped", "loss")
 
 STORED = (
     "total_norm", "total_norm_clipped", "clip_coef", "clipped", "skipped", "micro_batches",
-    "loss_scale", "learning_rate", "noise_scale", "duration_seconds", "time",
+    "loss_scale", "learning_rate", "noise_scale", "local_norm", "duration_seconds", "time",
 )  # fmt: skip
 
 NUMBERS = ("loss", *STORED)

@@ -17,7 +17,7 @@ from gradwatch.page.embedding import columns_json, figures_json, for_script
 from gradwatch.page.figures import run_figures
 from gradwatch.page.grid import Grid
 from gradwatch.page.layer import layer_columns, neighbours_of
-from gradwatch.page.more_figures import compared, layer_figures, rank_figure
+from gradwatch.page.more_figures import RANKS, compared, layer_figures, rank_figure
 from gradwatch.page.plots import Drawn
 from gradwatch.page.watched import Seen, Watched
 from gradwatch.page.words import query
@@ -167,7 +167,12 @@ def ranks_page(runs: Mapping[int, tuple[str, Watched]], asked: Steps) -> dict[st
     start = min(within(one, asked)[0] for one in seen.values())
     stop = max(within(one, asked)[1] for one in seen.values())
     grids = {rank: watched.grid(start, stop) for rank, (_, watched) in runs.items()}
-    drawn = [rank_figure(by_rank(grids), (start, stop - 1))]
+    of_ranks = {what: by_rank(grids, what) for what in RANKS}
+    drawn = [
+        rank_figure(what, columns, (start, stop - 1))
+        for what, columns in of_ranks.items()
+        if what == "duration_seconds" or any(len(of_rank["x"]) for of_rank in columns.values())
+    ]
     name, _ = next(iter(runs.values()))
     first = next(iter(seen.values()))
     return {

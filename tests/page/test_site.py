@@ -79,6 +79,17 @@ def test_no_page_may_run_foreign_scripts_or_be_framed(record, pages):
         assert "frame-ancestors 'none'" in policy
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_ranks_are_compared_by_their_own_norms_where_they_have_some(known, record, pages):
+    one, two = (record("one", rank=rank) for rank in (0, 1))
+    for run in (one, two):
+        if known:
+            run.pipeline.recorder.local_norms.append((10, 1.5))
+        run.steps(30)
+    text = get(pages, "/ranks", f"r={one.path.name}").body.decode()
+    assert ("Own gradients" in text) == known
+
+
 def test_ranks_of_one_run_lead_to_each_other_and_other_runs_do_not(record, pages):
     one, two = (record("one", rank=rank) for rank in (0, 1))
     other = record("other", rank=2)
