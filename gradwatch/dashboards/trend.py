@@ -55,7 +55,17 @@ def _norms() -> Line:
         ),
         unit="none",
     )
-    return line(9, total, spread, widths=(16, 8))
+    own = timeseries(
+        "Own norm of ranks",
+        "L2 norm of a rank's own gradient before it is averaged with the others: the largest and "
+        "the least of all ranks, sampled; empty for one process. Where they part, one rank has "
+        "other data, another seed or bad hardware: the event rank_outlier names it.",
+        target("max by (run) (gradwatch_local_norm)", "{{run}} largest"),
+        target("min by (run) (gradwatch_local_norm)", "{{run}} least"),
+        unit="none",
+        log=True,
+    )
+    return line(9, total, spread, own, widths=(12, 6, 6))
 
 
 def _training() -> Line:

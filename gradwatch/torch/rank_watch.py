@@ -5,6 +5,7 @@ training thread: sampled(...)  ->  consumer thread: post, await, judge  ->  an a
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,9 +17,12 @@ from gradwatch.policy import Detect
 from gradwatch.records import Anomaly, Layout
 from gradwatch.rules.detect_ranks import DIVERGENCE, OUTLIER, DivergingRanks, OutlyingRank
 from gradwatch.torch.mailbox import Mailbox
-from gradwatch.torch.shares import Share, local
+from gradwatch.torch.shares import Share, answer_roll, local
 
 __all__ = ["RankWatch", "checksums"]
+
+ROLL_SECONDS = 1.0
+"""Between two looks for a process that misses others."""
 
 MOST_AWAITED = 16
 """Samples that not every process has posted; older ones are given up."""
@@ -44,6 +48,9 @@ class RankWatch:
             self._outlying = OutlyingRank(detect.rank_outlier, share.size)
         if (config := detect.rank_divergence) and mailbox.is_open and share.pieces.has_replicas:
             self._diverging = DivergingRanks(config, layout, share.pieces)
+        self._group = share.group
+        self._roll, self._next_roll = "", 0.0
+        self._is_broken = False
         self.compares_norms = self._outlying is not None
         self.sums_every = detect.rank_divergence.every if self._diverging is not None else 0  # type: ignore[union-attr]
 
@@ -60,7 +67,23 @@ class RankWatch:
         return {kind: () for kind, judge in judges.items() if judge is not None and judge.is_open}
 
     def __call__(self) -> None:
-        """Posts and judges what has come since; never waits."""
+        """Posts and judges what has come since; never waits.
+
+        Raises:
+            Exception: the store failed, which may be gone with its process; it is not asked again.
+        """
+        if self._is_broken:
+            return
+        try:
+            self._round()
+        except Exception:
+            self._is_broken = True
+            raise
+
+    def _round(self) -> None:
+        if self._mailbox.is_open and time.monotonic() > self._next_roll:
+            self._next_roll = time.monotonic() + ROLL_SECONDS
+            self._roll = answer_roll(self._group, self._roll)
         while self._sampled:
             kind, step, values = self._sampled.popleft()
             awaited = self._awaited[kind]

@@ -26,6 +26,7 @@ from gradwatch.rules.detect_ranks import Pieces
 __all__ = [
     "ATTACH_SECONDS",
     "Share",
+    "answer_roll",
     "is_sharded",
     "local",
     "missing_ranks",
@@ -205,13 +206,40 @@ def missing_ranks(group: Any, occasion: str, seconds: float = 5.0) -> list[int]:
     store, rank, size = store_of_processes(), dist.get_rank(group), dist.get_world_size(group)
     if store is None:
         return []
-    keys = [f"gradwatch/alive/{name_of(group)}/{occasion}/{one}" for one in range(size)]
+    keys = [_alive(group, occasion, one) for one in range(size)]
     try:
+        store.set(_roll(group), occasion)
         store.set(keys[rank], "here")
         store.wait(keys, timedelta(seconds=seconds))
     except Exception:
         return [one for one, key in enumerate(keys) if one != rank and not _has(store, key)]
     return []
+
+
+def answer_roll(group: Any, known: str) -> str:
+    """Says that this process lives, if another one asks: it may hang in the same collective.
+
+    Args:
+        known: the occasion that was answered last.
+
+    Returns:
+        The newest occasion.
+    """
+    store = store_of_processes()
+    if store is None or not store.check([_roll(group)]):
+        return known
+    occasion: str = store.get(_roll(group)).decode()
+    if occasion != known:
+        store.set(_alive(group, occasion, dist.get_rank(group)), "here")
+    return occasion
+
+
+def _roll(group: Any) -> str:
+    return f"gradwatch/roll/{name_of(group)}"
+
+
+def _alive(group: Any, occasion: str, rank: int) -> str:
+    return f"gradwatch/alive/{name_of(group)}/{occasion}/{rank}"
 
 
 def _has(store: Any, key: str) -> bool:
