@@ -24,7 +24,7 @@ __all__ = ["RankWatch", "checksums"]
 ROLL_SECONDS = 1.0
 """Between two looks for a process that misses others."""
 
-MOST_AWAITED = 16
+MOST_AWAITED = 64
 """Samples that not every process has posted; older ones are given up."""
 
 
@@ -99,7 +99,7 @@ class RankWatch:
         for step in list(awaited):
             posted = self._mailbox.posted(kind, step)
             if posted is None:
-                continue  # of that step some process may never tell
+                return  # in order; what some process never tells is given up when there is more
             awaited.remove(step)
             anomaly = self._judged(kind, step, posted)
             self._mailbox.forget(kind, step)
