@@ -82,6 +82,9 @@ class Follower:
         self._lives = lives
         self._clock = clock
         self._detection: Detection | None = None
+        self.open_since: dict[str, int] = {}
+        """The step in which each open alert began, as far as was judged."""
+
         self._active: Mapping[str, tuple[str, ...]] = {}
         self._begin_policy(self.info.policy)
         newest, alert = tail.landmarks()
@@ -187,6 +190,7 @@ class Follower:
             active = self._detection.active()
             if active != self._active:
                 self.calm_since = None if active else record.step
+                self.open_since = {k: self.open_since.get(k, record.step) for k in active}
                 self._active = active
                 self.tally.set_active(active)
 

@@ -25,6 +25,15 @@ MOST_SAID = 2000
 LABEL = 11
 """Columns."""
 
+LATENCY = 5
+"""Steps that it may have lasted when it is found."""
+
+RAISED = 1.5
+"""Times its first value that a learning rate must be to be spoken of."""
+
+RISEN = 1.3
+"""Times its median that a loss must be to have risen."""
+
 AT_ONCE = 3
 """Steps with a bad batch that are named."""
 
@@ -42,8 +51,8 @@ BEGAN: dict[Origin, str] = {
 }
 TO_DO: dict[Origin, str] = {
     "input": "look at the batch and at how it was read and normalised; training itself is fine",
-    "weight": "go back to the last healthy checkpoint: no later step mends these weights. Look for "
-    "the first step of this recording that was not finite",
+    "weight": "go back to {checkpoint}: no later step mends these weights. Look for the first step "
+    "of this recording that was not finite",
     "forward": "look in that module for a division, a logarithm, a root or an exponential of "
     "what it was given, and for float16 that overflows (bfloat16 does not)",
     "loss": "look at the targets of the batch and at the loss function: a logarithm of 0, a "
@@ -52,12 +61,14 @@ TO_DO: dict[Origin, str] = {
     "for float16 that overflows on the way back",
 }
 OTHERWISE = {
-    "nonfinite": "set detect.culprit: replay in the policy to know more the next time",
-    "exploding": "where the loss has risen too, go back to the last healthy checkpoint and lower "
-    "the learning rate or clip; where it has not, let it run",
-    "loss_spike": "look at the batches of these steps; where it does not come down, go back to the "
-    "last healthy checkpoint",
+    "exploding": "where the loss has risen too, go back to {checkpoint} and lower the learning "
+    "rate or clip; where it has not, let it run",
+    "loss_spike": "look at the batches of these steps; where it does not come down, go back to "
+    "{checkpoint}",
     "diverging": "go back to the last healthy checkpoint and lower the learning rate",
+    "rank_divergence": "go back to {checkpoint}: since then the ranks train different models. Look "
+    "for memory errors and for code that one rank alone runs",
+    "rank_outlier": "compare the data, the seed and the hardware of that rank with the others",
     "vanishing": "look at initialisation, normalisation and skip connections before that layer",
     "loss_scale_collapse": "look for what is not finite at any scale: see the card before this one",
 }
@@ -111,13 +122,41 @@ def _done(card: Card) -> str:
 
 
 def _to_do(card: Card) -> str:
-    if card.kind not in OTHERWISE or card.kind == "nonfinite":
-        known = card.culprit is not None and card.culprit.origin is not None
+    checkpoint = f"a checkpoint from before step {max(0, card.step - LATENCY)}"
+    origin = None if card.culprit is None else card.culprit.origin
+    if card.kind == "exploding":
+        said = _after_an_explosion(card)
+    elif card.kind in OTHERWISE:
+        said = OTHERWISE[card.kind]
+    elif origin is not None:
+        said = TO_DO[origin]
+    elif card.kind == "nonfinite":
+        said = "set detect.culprit: replay in the policy, which names where it began the next time"
+        if card.skipped:
+            said = f"nothing at once where it stays at this step. Look at its batch; {said}"
+        else:
+            said = f"where the loss is not finite, go back to {{checkpoint}}; {said}"
     else:
-        known = False
-    if known and card.culprit is not None and card.culprit.origin is not None:
-        return TO_DO[card.culprit.origin]
-    return OTHERWISE.get(card.kind, f"see what docs/detectors.md says of {card.kind}")
+        said = f"see what docs/detectors.md says of {card.kind}"
+    return said.format(checkpoint=checkpoint)
+
+
+def _after_an_explosion(card: Card) -> str:
+    """By what the learning rate and the loss have done in the steps of the card."""
+    rates = [rate for rate in card.series.get("learning_rate", ()) if math.isfinite(rate)]
+    raised = ""
+    if rates and max(rates) > RAISED * rates[0] > 0:
+        raised = f"find what set the learning rate to {max(rates):.3g} ({rates[0]:.3g} before). "
+    losses = [loss for loss in card.series.get("loss", ()) if not math.isnan(loss)]
+    if len(losses) < 2 * LATENCY:
+        return raised + OTHERWISE["exploding"]
+    before, now = float(np.median(losses[:-LATENCY])), max(losses[-LATENCY:])
+    if now > RISEN * before:
+        return (
+            f"{raised}The loss has risen too, from {before:.3g} to {now:.3g}: where it does not "
+            "come down by itself go back to {checkpoint}, and lower the learning rate or clip"
+        )
+    return f"{raised}The loss has not risen ({before:.3g} before, {now:.3g} now): let it run"
 
 
 def _evidence(card: Card) -> Iterator[tuple[str, str]]:

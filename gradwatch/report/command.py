@@ -80,7 +80,10 @@ def _overview(recording: Recording) -> Iterator[str]:
         f"{levels[level]} {level}{'s' * (levels[level] != 1)}"
         for level in ("alert", "warning", "event")
     ]
-    yield f"verdict: {Standing(recording.path).look().verdict.headline} ({', '.join(said)})"
+    verdict = Standing(recording.path).look().verdict
+    yield f"verdict: {verdict.headline} ({', '.join(said)})"
+    for label, text in verdict.lines:
+        yield from labelled(label, text, WIDTH)
     episodes = _episodes(cards, recording.anomalies())
     if len(episodes) > MOST_LISTED:
         yield f"the last {MOST_LISTED} of {len(episodes)} findings:"

@@ -79,6 +79,7 @@ class Standing:
             anomalies=anomalies,
             cards=cards,
             open=open_alerts,
+            open_since={} if self._follower is None else dict(self._follower.open_since),
             calm_since=None if self._follower is None else self._follower.calm_since,
         )
         return Stands(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gradwatch.policy import KINDS
@@ -47,6 +47,9 @@ class Known:
     cards: Sequence[Card] = ()
     open: Mapping[str, Sequence[str]] | None = None
     """Kinds of alert whose episode is open, with their layers; None while that is not known."""
+
+    open_since: Mapping[str, int] = field(default_factory=dict)
+    """By open kind, the step in which it began, as far as is known."""
 
     calm_since: int | None = None
     """The first step in which no alert was open any more, where that was seen."""
@@ -116,8 +119,7 @@ def verdict(known: Known, now: float | None = None) -> Verdict:
 
 def _not_healthy(known: Known, alerts: Sequence[tuple[int, str]], now: float) -> Verdict:
     kinds = set(known.open) if known.open else {kind for _, kind in alerts}
-    # An episode has one anomaly; the newest of each open kind is where that began.
-    begun = {kind: step for step, kind in alerts if kind in kinds}
+    begun = {kind: since for kind in kinds if (since := _since(known, alerts, kind)) is not None}
     if not begun:
         begun = {kind: step for step, kind in alerts[-1:]}
     first = min(begun.values())
@@ -129,13 +131,20 @@ def _not_healthy(known: Known, alerts: Sequence[tuple[int, str]], now: float) ->
     also = f"; also {', '.join(others)}" if others else ""
     layer = card.layer if card else next(iter((known.open or {}).get(kind, ())), None)
     if known.state == "finished":
-        end = f"; it finished so at step {known.step}"
+        end = f"; still open when the run finished at step {known.step}"
     return Verdict(
         health="alert",
         headline=f"Not healthy since step {first}{ago}: {kind}{_in(layer)}{also}{end}",
         lines=told(card) if card else (),
         card=card,
     )
+
+
+def _since(known: Known, alerts: Sequence[tuple[int, str]], kind: str) -> int | None:
+    """The finding that an open episode began with: layers that come back are told of, too."""
+    steps = [step for step, one in alerts if one == kind]
+    within = [step for step in steps if step >= known.open_since.get(kind, math.inf)]
+    return min(within, default=max(steps, default=None))
 
 
 def _over(known: Known, alerts: Sequence[tuple[int, str]]) -> Verdict:

@@ -58,7 +58,7 @@ def test_the_first_lines_say_what_happened_and_what_to_do(recorded, capsys):
     assert lines[0].startswith("step 85  alert nonfinite in 2, ")
     assert lines[1] == "began in   the weights of 2"
     assert lines[2].startswith("done       the step was skipped (nonfinite)")
-    assert lines[3].startswith("to do      go back to the last healthy checkpoint")
+    assert lines[3].startswith("to do      go back to a checkpoint from before step 80: ")
     text = "\n".join(lines)
     assert "steps 66 to 85" in text
     assert "layer 0 " in text

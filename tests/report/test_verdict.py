@@ -57,6 +57,14 @@ def test_of_several_open_alerts_the_first_is_told_and_the_others_named():
     assert found.headline.endswith("exploding in block.1; also loss_spike")
 
 
+def test_layers_that_come_back_into_an_open_episode_do_not_begin_it():
+    anomalies = [anomaly(100), anomaly(300), anomaly(360)]
+    values = {"anomalies": anomalies, "cards": [card(300), card(360)]}
+    found = verdict(known(open={"exploding": ()}, open_since={"exploding": 300}, **values), NOW)
+    assert found.headline.startswith("Not healthy since step 300")
+    assert found.card.step == 300
+
+
 def test_an_alert_that_is_over_is_said_to_be_over_with_what_began_it():
     found = verdict(
         known(anomalies=[anomaly(300), anomaly(302, "loss_spike")], cards=[card(300)],
