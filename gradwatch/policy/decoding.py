@@ -18,7 +18,6 @@ from gradwatch.policy.locating import ABSENT, Mistake, Origin, Path, at, policy_
 from gradwatch.policy.models import Policy
 from gradwatch.policy.plain import Document
 from gradwatch.policy.presets import expanded
-from gradwatch.policy.supported import REFUSED, refused
 from gradwatch.policy.values import Section
 
 __all__ = ["decode"]
@@ -93,8 +92,6 @@ def _beyond_types(data: Any) -> Iterator[tuple[Path, str, list[Path]]]:
     """What no type says: path, sentence, and paths that would only repeat it."""
     for path in _nulls(data, ()):
         yield path, " must not be null. Give it a value or leave the key out", []
-    for path, refusal in refused(data):
-        yield path, refusal.message(at(data, path)), []
     for path, first in _repeated_names(data):
         name = shown(at(data, path))
         yield path, f" must be unique. Received: {name}, as in clip[{first}]", [("clip",)]
@@ -176,12 +173,10 @@ def _keys_at(path: Path) -> set[str]:
             sections = {
                 model for field in fields if field for model in _sections_in(field.annotation)
             }
-    prefix = ".".join("[]" if isinstance(part, int) else part for part in (*path, ""))
-    never = {entry.at for entry in REFUSED}
     keys = {key for model in sections for key in model.model_fields}
     if ClipRule in sections:
         keys.add("use")  # gone by the time that a rule is made
-    return {key for key in keys if (prefix + key).replace(".[]", "[]") not in never}
+    return keys
 
 
 def _sections_in(annotation: Any) -> Iterator[type[Section]]:

@@ -32,7 +32,7 @@ def load_policy(source: str | os.PathLike[str] | Mapping[str, Any] | Policy | No
     if source is None:
         return OBSERVE
     if isinstance(source, Policy):
-        return _supported(source)
+        return _checked(source)
     if isinstance(source, Mapping):
         return _from_mapping(source, "<dict>")
     if isinstance(source, (str, os.PathLike)):
@@ -73,7 +73,7 @@ def _from_mapping(mapping: Mapping[str, Any], source: str) -> Policy:
         raise policy_error(source, [error.mistake]) from None
 
 
-def _supported(policy: Policy) -> Policy:
+def _checked(policy: Policy) -> Policy:
     """A policy that was put together in Python is held to what works, like any other."""
     if policy.mode != "observe":
         _from_mapping(policy.written(), policy.source)

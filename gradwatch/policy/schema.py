@@ -12,7 +12,6 @@ from typing import Any
 
 from gradwatch.policy.models import Policy
 from gradwatch.policy.presets import PRESETS
-from gradwatch.policy.supported import REFUSED, Refusal
 from gradwatch.policy.values import OFF
 
 __all__ = ["SCHEMA_FILE", "policy_schema", "schema_text"]
@@ -31,8 +30,6 @@ def policy_schema() -> Schema:
     Unique names, relations between keys and selectors that match nothing are left to `load_policy`.
     """
     schema = Policy.model_json_schema(mode="validation")
-    for refusal in REFUSED:
-        _leave_out(refusal, schema)
     definitions = {name: _tidy(part) for name, part in schema.pop("$defs").items()}
     definitions["Detect"] = _with_off(definitions["Detect"])
     definitions |= _presets(definitions)
@@ -47,25 +44,6 @@ def policy_schema() -> Schema:
 def schema_text() -> str:
     """The schema as the file beside this module holds it."""
     return json.dumps(policy_schema(), indent=2, ensure_ascii=False) + "\n"
-
-
-def _leave_out(refusal: Refusal, schema: Schema) -> None:
-    """Takes what is refused out of a schema, in place."""
-    *above, key = refusal.at.replace("[]", ".[]").split(".")
-    section = schema
-    for part in above:
-        section = section["items"] if part == "[]" else section["properties"][part]
-        section = _resolved(section, schema)
-    section["properties"].pop(key, None)
-
-
-def _resolved(node: Schema, schema: Schema) -> Schema:
-    forms = node.get("allOf") or node.get("anyOf") or [{}]
-    reference = node.get("$ref") or forms[0].get("$ref")
-    if reference is None:
-        return node
-    resolved: Schema = schema["$defs"][reference.removeprefix(REF)]
-    return resolved
 
 
 def _tidy(node: Any) -> Any:

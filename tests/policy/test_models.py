@@ -10,9 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from gradwatch.errors import PolicyError
 from gradwatch.policy import (
-    Accumulate,
     Budget,
     ClipRule,
     Depth,
@@ -20,10 +18,8 @@ from gradwatch.policy import (
     Policy,
     Schedule,
     StatisticLimit,
-    decoding,
     load_policy,
     parse_policy,
-    supported,
 )
 
 
@@ -195,15 +191,6 @@ def test_a_policy_put_together_in_python_is_returned_as_it_is():
 def test_a_rule_put_together_in_python_is_checked_like_any_other():
     with pytest.raises(ValidationError, match="must be finite"):
         ClipRule(limit=10**400)
-
-
-def test_a_policy_put_together_in_python_is_held_to_what_works(monkeypatch):
-    refusal = supported.Refusal("accumulate.sync", "Leave it out")
-    monkeypatch.setattr(decoding, "REFUSED", (refusal,))
-    monkeypatch.setattr(supported, "REFUSED", (refusal,))
-    made = Policy(version=1, accumulate=Accumulate(steps=2, sync="every"))
-    with pytest.raises(PolicyError, match=r"<policy>: accumulate.sync: every is not supported by"):
-        load_policy(made)
 
 
 @pytest.mark.parametrize(
