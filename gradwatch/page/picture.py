@@ -21,7 +21,10 @@ BROWSERS = (
     "microsoft-edge", "msedge", "brave-browser",
 )  # fmt: skip
 
-SIZE = (1200, 1150)
+SIZE = (1200, 1010)
+"""Down to the layers."""
+
+NOTHING_TO_PRESS = "<style>.right, .switch, .under { display: none }</style></head>"
 WAIT_SECONDS = 60.0
 DRAWN_MS = 10_000
 """Of the page's own clock, which does not run while it works."""
@@ -49,7 +52,7 @@ def take_picture(report: str, output: Path, browser: str = "") -> None:
         )
     with tempfile.TemporaryDirectory() as folder:
         page, picture = Path(folder, "report.html"), Path(folder, "report.png")
-        page.write_text(report, encoding="utf-8")
+        page.write_text(report.replace("</head>", NOTHING_TO_PRESS, 1), encoding="utf-8")
         # Chromium's sandbox does not work for root; the page is ours and may load nothing.
         as_root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         command = [
