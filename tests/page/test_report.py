@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from gradwatch.cli import app
+from gradwatch.page.picture import SIZE
 from gradwatch.page.report import html_report, markdown_report
 
 HOSTILE = "</script><script>hacked</script> `x` | @all #1 <b> \x1b[31m" + "y" * 10_000
@@ -150,7 +151,7 @@ class TestCommand:
         output = tmp_path / "report.png"
         said(capsys, "report", exploding.path, "-o", output)
         with Image.open(output) as picture:
-            assert picture.size == (1200, 1150)
+            assert picture.size == SIZE
             # Not a blank page: the heat map, the line and the verdict have colours of their own.
             assert len(picture.convert("RGB").getcolors(10**6)) > 200
 

@@ -129,6 +129,7 @@ def diverges(rank, size, shards):
         with torch.no_grad():
             run.model[2].bias[0] += 1e-6
     run.step(times=17)
+    run.watch.flush()  # all have posted their samples
     torch.distributed.barrier()
     for _ in range(3):
         run.watch.flush()
@@ -161,6 +162,7 @@ def is_odd(rank, size, directory):
     run.watch.flush()
     before = len(run.found)
     run.step(factor=100.0 if rank == 3 else 1.0, times=12)
+    run.watch.flush()  # all have posted their samples
     torch.distributed.barrier()
     for _ in range(3):
         run.watch.flush()
