@@ -133,7 +133,7 @@ def _to_do(card: Card) -> str:
     elif card.kind == "nonfinite":
         said = "set detect.culprit: replay in the policy, which names where it began the next time"
         if card.skipped:
-            said = f"nothing at once where it stays at this step. Look at its batch; {said}"
+            said = f"nothing urgent if it is this step alone. Look at its batch; {said}"
         else:
             said = f"where the loss is not finite, go back to {{checkpoint}}; {said}"
     else:
@@ -153,8 +153,8 @@ def _after_an_explosion(card: Card) -> str:
     before, now = float(np.median(losses[:-LATENCY])), max(losses[-LATENCY:])
     if now > RISEN * before:
         return (
-            f"{raised}The loss has risen too, from {before:.3g} to {now:.3g}: where it does not "
-            "come down by itself go back to {checkpoint}, and lower the learning rate or clip"
+            f"{raised}The loss has risen too, from {before:.3g} to {now:.3g}: if it stays up, go "
+            "back to {checkpoint}, and lower the learning rate or the limit"
         )
     return f"{raised}The loss has not risen ({before:.3g} before, {now:.3g} now): let it run"
 

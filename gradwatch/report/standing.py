@@ -74,6 +74,7 @@ class Standing:
         known = Known(
             state=state,
             step=None if latest is None else latest.step,
+            latest=latest,
             last_time=math.nan if latest is None else latest.time,
             step_seconds=float(np.median(durations)) if durations else math.nan,
             anomalies=anomalies,

@@ -5,6 +5,7 @@ done, what to do.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Literal
 
 from gradwatch.policy import KINDS
 from gradwatch.recording.cards import Card
-from gradwatch.records import Anomaly
+from gradwatch.records import Anomaly, StepRecord
 from gradwatch.report.card import printable, told
 
 __all__ = ["Health", "Known", "Verdict", "duration", "verdict"]
@@ -22,6 +23,9 @@ Health = Literal["healthy", "over", "warning", "alert", "unknown"]
 
 SILENT_SECONDS, SILENT_STEPS = 60.0, 20.0
 """A run without a step for so long, and for so many of its usual steps, is said to be silent."""
+
+EARLIER = 10
+"""Steps of a card that are well before what it is of."""
 
 JUST_BEFORE = 50
 """Steps between an alert and an end that it is named with."""
@@ -42,6 +46,9 @@ class Known:
 
     step_seconds: float = math.nan
     """How long a step takes."""
+
+    latest: StepRecord | None = None
+    """Of that step."""
 
     anomalies: Sequence[Anomaly] = ()
     cards: Sequence[Card] = ()
@@ -135,9 +142,28 @@ def _not_healthy(known: Known, alerts: Sequence[tuple[int, str]], now: float) ->
     return Verdict(
         health="alert",
         headline=f"Not healthy since step {first}{ago}: {kind}{_in(layer)}{also}{end}",
-        lines=told(card) if card else (),
+        lines=[*told(card), *_now(known, card)] if card else (),
         card=card,
     )
+
+
+def _now(known: Known, card: Card) -> list[tuple[str, str]]:
+    """How it stands by now, beside how it was before the steps of the card."""
+    latest = known.latest
+    if latest is None or latest.step <= card.step:
+        return []
+    values = {
+        "total norm": ("total_norm", latest.total_norm),
+        "loss": ("loss", latest.scalars.get("loss", math.nan)),
+        "learning rate": ("learning_rate", latest.learning_rate),
+    }
+    said = []
+    for name, (series, value) in values.items():
+        before = [one for one in card.series.get(series, ())[:EARLIER] if math.isfinite(one)]
+        if not math.isnan(value):
+            was = f" ({statistics.median(before):.3g} before)" if before else ""
+            said.append(f"{name} {value:.3g}{was}")
+    return [("now", f"at step {latest.step}: {', '.join(said)}")]
 
 
 def _since(known: Known, alerts: Sequence[tuple[int, str]], kind: str) -> int | None:

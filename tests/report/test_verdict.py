@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from gradwatch.recording.cards import card_of
@@ -22,14 +24,20 @@ def anomaly(step: int, kind: str = "exploding", level: str = "alert") -> Anomaly
     return Anomaly(kind=kind, level=level, step=step, layer="block.1", message=f"{kind}: so much")
 
 
-def card(step: int, kind: str = "exploding"):
-    layout = Layout.of([Parameter(name="block.1.weight")])
-    record = StepRecord(
-        step=step, time=NOW - 600, layout=layout, total_norm=9.0, total_norm_clipped=1.0,
-        clip_coef=1 / 9, fired=("global",), clipped=True, tensor_norms_P=[9.0],
-        tensor_coefs_P=[1 / 9], present_P=[True],
+LAYOUT = Layout.of([Parameter(name="block.1.weight")])
+
+
+def record_at(step: int) -> StepRecord:
+    return StepRecord(
+        step=step, time=NOW - 600, layout=LAYOUT, total_norm=9.0, total_norm_clipped=1.0,
+        clip_coef=1 / 9, fired=("global",), clipped=True, tensor_norms_P=np.array([9.0]),
+        tensor_coefs_P=np.array([1 / 9]), present_P=np.array([True]),
     )  # fmt: skip
-    return card_of(RunInfo(run="x", layout=layout, mode="enforce"), anomaly(step, kind), [record])
+
+
+def card(step: int, kind: str = "exploding"):
+    info = RunInfo(run="x", layout=LAYOUT, mode="enforce")
+    return card_of(info, anomaly(step, kind), [record_at(step)])
 
 
 def test_a_run_without_a_finding_is_healthy_and_there_is_nothing_to_do():
@@ -63,6 +71,16 @@ def test_layers_that_come_back_into_an_open_episode_do_not_begin_it():
     found = verdict(known(open={"exploding": ()}, open_since={"exploding": 300}, **values), NOW)
     assert found.headline.startswith("Not healthy since step 300")
     assert found.card.step == 300
+
+
+def test_an_open_alert_says_how_it_stands_by_now():
+    later = replace(record_at(500), scalars={"loss": 0.5}, total_norm=0.25, learning_rate=0.1)
+    found = verdict(
+        known(anomalies=[anomaly(300)], cards=[card(300)], open={"exploding": ()}, latest=later),
+        NOW,
+    )
+    said = dict(found.lines)["now"]
+    assert said == "at step 500: total norm 0.25 (9 before), loss 0.5, learning rate 0.1"
 
 
 def test_an_alert_that_is_over_is_said_to_be_over_with_what_began_it():
