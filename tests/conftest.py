@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+import gradwatch
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
@@ -30,3 +33,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device is here")
+
+
+@pytest.fixture
+def attach() -> Iterator[Callable[..., gradwatch.Watch]]:
+    """`gradwatch.attach` that serves and records nothing unless asked."""
+    watches = []
+
+    def attach_quietly(*args, **kwargs) -> gradwatch.Watch:
+        watch = gradwatch.attach(*args, **{"port": None, "recording": None, **kwargs})
+        watches.append(watch)
+        return watch
+
+    yield attach_quietly
+    for watch in watches:
+        watch.close()

@@ -25,6 +25,7 @@ RANKS = {
     "cards": 5,
     "investigation": 5,
     "rule_notes": 5,
+    "run_info": 5,
     "recorder": 5,
     "reloading": 5,
     "samples": 5,

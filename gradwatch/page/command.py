@@ -11,7 +11,7 @@ import typer
 
 from gradwatch.errors import GradwatchError
 from gradwatch.recording.reader import open_recording
-from gradwatch.report import command as text
+from gradwatch.report.command import print_report
 
 __all__ = ["report_command"]
 
@@ -71,7 +71,7 @@ def report_command(
     if wanted is Format.text:
         if output is not None:
             raise typer.BadParameter("text goes to stdout", param_hint="'--output'")
-        text.report_command(recording, last_anomaly, step)
+        print_report(recording, last_anomaly=last_anomaly, step=step)
         return
     if last_anomaly or step is not None:
         raise typer.BadParameter("goes with text only", param_hint="'--last-anomaly' or '--step'")

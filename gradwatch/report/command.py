@@ -6,37 +6,27 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from gradwatch.errors import RecordingError
-from gradwatch.policy import KINDS
 from gradwatch.recording.cards import Card
 from gradwatch.recording.reader import Recording, open_recording
 from gradwatch.records import Anomaly
 from gradwatch.report.card import card_lines, headline, labelled, printable
 from gradwatch.report.standing import Standing
+from gradwatch.report.verdict import urgency
 
-__all__ = ["report_command"]
+__all__ = ["print_report"]
 
 WIDTH = 100
 MOST_LISTED = 20
 
 
-def report_command(
-    recording: Annotated[
-        Path,
-        typer.Argument(help="A recording, or a directory of them: its newest.", show_default=False),
-    ],
-    last_anomaly: Annotated[
-        bool, typer.Option("--last-anomaly", help="The whole card of the last warning or alert.")
-    ] = False,
-    step: Annotated[
-        int | None, typer.Option("--step", metavar="N", help="The cards of step N.")
-    ] = None,
-) -> None:
-    """Says what went wrong in a run: which layer, since when, and what was done."""
+def print_report(recording: Path, *, last_anomaly: bool, step: int | None) -> None:
+    """What went wrong in a run, for a terminal; of the last finding or of a step the whole card.
+
+    Raises:
+        RecordingError: it cannot be read, or has no card of that step.
+    """
     with open_recording(recording) as opened:
         lines = list(_lines(opened, last_anomaly, step))
     for line in lines:
@@ -53,7 +43,7 @@ def _lines(recording: Recording, last_anomaly: bool, step: int | None) -> Iterat
     elif last_anomaly:
         cards = [card for card, _ in _episodes(cards, recording.anomalies())]
         at_last = [card for card in cards if card.step == cards[-1].step]
-        chosen = sorted(at_last, key=lambda card: _urgency(card.kind))[:1]
+        chosen = sorted(at_last, key=lambda card: urgency(card.kind))[:1]
         if not chosen:
             yield f"run {printable(recording.info.run)}: no warning and no alert"
             return
@@ -111,7 +101,3 @@ def _episodes(cards: Sequence[Card], anomalies: Sequence[Anomaly]) -> list[tuple
         else:
             newest[card.kind].append(card)
     return episodes
-
-
-def _urgency(kind: str) -> int:
-    return KINDS.index(kind) if kind in KINDS else len(KINDS)

@@ -16,7 +16,7 @@ from gradwatch.recording.cards import Card
 from gradwatch.records import Anomaly, StepRecord
 from gradwatch.report.card import printable, told
 
-__all__ = ["Health", "Known", "Verdict", "duration", "verdict"]
+__all__ = ["Health", "Known", "Verdict", "duration", "urgency", "verdict"]
 
 Health = Literal["healthy", "over", "warning", "alert", "unknown"]
 """`over`: there were alerts, and none is open any more."""
@@ -130,9 +130,9 @@ def _not_healthy(known: Known, alerts: Sequence[tuple[int, str]], now: float) ->
     if not begun:
         begun = {kind: step for step, kind in alerts[-1:]}
     first = min(begun.values())
-    kind = min((k for k, step in begun.items() if step == first), key=_urgency)
+    kind = min((k for k, step in begun.items() if step == first), key=urgency)
     card = _card_at(known, first, kind)
-    others = sorted(set(begun) - {kind}, key=_urgency)
+    others = sorted(set(begun) - {kind}, key=urgency)
     ago = f", {duration(now - card.time)} ago" if card and known.state == "running" else ""
     end = "" if known.state == "running" else f"; the run {known.state} at step {known.step}"
     also = f"; also {', '.join(others)}" if others else ""
@@ -201,7 +201,7 @@ def _alerts(known: Known) -> list[tuple[int, str]]:
         for card in known.cards
         if card.level == "alert" and card.step > newest
     }
-    return sorted(found, key=lambda one: (one[0], _urgency(one[1])))
+    return sorted(found, key=lambda one: (one[0], urgency(one[1])))
 
 
 def _card_at(known: Known, step: int, kind: str) -> Card | None:
@@ -209,7 +209,8 @@ def _card_at(known: Known, step: int, kind: str) -> Card | None:
     return next((card for card in cards if card.kind == kind), None)
 
 
-def _urgency(kind: str) -> int:
+def urgency(kind: str) -> int:
+    """What sorts kinds of findings, the most urgent first."""
     return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat, cast
 
@@ -11,9 +10,9 @@ import tensorflow as tf
 from gradwatch.backend import Backend
 from gradwatch.errors import AttachError, GradwatchError, TrainingStopped
 from gradwatch.policy import Policy, check_against
-from gradwatch.records import Layout, RunInfo, StepRecord
+from gradwatch.records import Layout, StepRecord
 from gradwatch.rule_notes import say_anew
-from gradwatch.rules.chain import measures_of
+from gradwatch.run_info import run_info
 from gradwatch.tensorflow.accumulate import Accumulator
 from gradwatch.tensorflow.applying import Update, replicas, summed
 from gradwatch.tensorflow.decisions import Decisions, Facts
@@ -90,23 +89,11 @@ class TFWatch(Watch):
             count = self._strategy.num_replicas_in_sync
             windows = windows_of_keras(policy, optimizer, replicas=count)
             build(optimizer, variables, self._strategy)
-        info = RunInfo(
-            run=run,
-            layout=layout,
-            rules=tuple(rule.name for rule in policy.clip),
-            multiplying=tuple(r.name for r in policy.clip if r.then in ("scale", "zero")),
-            measures=measures_of(policy),
-            mode=policy.effective_mode,
-            policy=policy.canonical_yaml(),
-            policy_sha256=policy.sha256,
-            framework=f"tensorflow {tf.__version__}",
-            device=device_of(variables[0]),
-            host=socket.gethostname(),
-            model=type(optimizer if model is None else model).__name__,
-            version=version,
-            started=started,
-            pid=pid,
-        )
+        info = run_info(
+            optimizer if model is None else model, policy, layout,
+            framework=f"tensorflow {tf.__version__}", device=device_of(variables[0]),
+            run=run, version=version, started=started, pid=pid,
+        )  # fmt: skip
         self._policy = policy
         self._windows = windows
         self._places = Places(variables)

@@ -11,9 +11,10 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from gradwatch.errors import AttachError
 from gradwatch.torch.containers import is_watchable
@@ -23,10 +24,6 @@ __all__ = ["BackwardCounter", "Passes", "StepHooks", "innermost", "refuse_watche
 
 MOST_COUNTED = 8
 """Parameters with a hook on their backward, at most."""
-
-
-class _Removable(Protocol):
-    def remove(self) -> None: ...
 
 
 def innermost(optimizer: Any) -> torch.optim.Optimizer:
@@ -76,7 +73,7 @@ class StepHooks:
         # It goes on evaluating along its line search; the first gradient is that of the step.
         self._first_evaluation_only = isinstance(optimizer, torch.optim.LBFGS)
         self._depth = 0
-        self._handles: list[_Removable] = [
+        self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._enter),
             optimizer.register_step_post_hook(self._leave),
         ]
@@ -181,7 +178,7 @@ class BackwardCounter:
         self._after_first = after_first
         self._parameters = list(parameters)
         self._counts: dict[int, dict[int, int]] = {}
-        self._handles: list[_Removable] = []
+        self._handles: list[RemovableHandle] = []
         able = [parameter for parameter in self._parameters if parameter.requires_grad]
         self._watch(able[i] for i in {0, len(able) // 2, len(able) - 1} if able)
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["BackwardOrder"]
-
-
-class _Removable(Protocol):
-    def remove(self) -> None: ...
 
 
 class BackwardOrder:
@@ -26,7 +22,7 @@ class BackwardOrder:
         self._seen: dict[int, None] = {}
         self._complete = False
         self._steps = 0
-        self._handles: list[_Removable] = []
+        self._handles: list[RemovableHandle] = []
         self._look()
 
     @property

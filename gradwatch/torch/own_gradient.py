@@ -12,9 +12,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from gradwatch.torch.measure import tensor_norms
 
@@ -22,10 +23,6 @@ __all__ = ["Own", "OwnGradient"]
 
 LARGEST_LOOKED_AT = 2**16
 """Elements of the parameter that is looked at in every step, where there is such a small one."""
-
-
-class _Removable(Protocol):
-    def remove(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +47,11 @@ class OwnGradient:
         self._is_broken = False
         self._norms: dict[int, torch.Tensor] = {}
         self._is_bad: torch.Tensor | None = None
-        self._sampling: list[_Removable] = []
+        self._sampling: list[RemovableHandle] = []
         self._looked_at: int | None = None
-        self._looking: list[_Removable] = []
-        self._look_at(_last_small(self._parameters, ()))
+        self._looking: list[RemovableHandle] = []
+        self._order: Sequence[int] = ()
+        self._look_at(_last_small(self._parameters, self._order))
 
     def sample(self) -> None:
         """The next step is sampled."""
@@ -76,7 +74,8 @@ class OwnGradient:
             _take_off(self._sampling)
         own = Own(self._is_bad, norm)
         self._norms, self._is_bad = {}, None
-        if not self._is_broken:
+        if order is not self._order and not self._is_broken:
+            self._order = order
             self._look_at(_last_small(self._parameters, order))
         return own
 
@@ -131,7 +130,7 @@ def _last_small(parameters: Sequence[torch.nn.Parameter], order: Sequence[int]) 
     return next(small, min(places, key=lambda i: parameters[i].numel(), default=None))
 
 
-def _take_off(handles: list[_Removable]) -> None:
+def _take_off(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()

@@ -14,9 +14,10 @@ import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from gradwatch.rules.culprit_forward import Flag
 from gradwatch.torch.layers import COMPILED, inner_model
@@ -31,10 +32,6 @@ MOST_PASSES = 256
 
 MOST_FAILURES = 10
 """Steps whose passes could not be kept, until nobody tries any more."""
-
-
-class _Removable(Protocol):
-    def remove(self) -> None: ...
 
 
 class _Hook:
@@ -151,7 +148,7 @@ class ForwardPasses:
         self._seen = Seen()
         self._failed = ""
         self._failures = 0
-        self._handles: list[_Removable] = [
+        self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(_Hook(self._entered), prepend=True, with_kwargs=True),
             model.register_forward_hook(_Hook(self._left)),
         ]

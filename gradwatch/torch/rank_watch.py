@@ -44,15 +44,18 @@ class RankWatch:
         self._sampled: deque[tuple[str, int, Any]] = deque(maxlen=4 * MOST_AWAITED)
         self._awaited: dict[str, deque[int]] = {OUTLIER: deque(), DIVERGENCE: deque()}
         self._outlying = self._diverging = None
+        self.sums_every = 0
+        """Steps between two checksums; 0 where there is nothing to compare."""
+
         if detect.rank_outlier is not None and mailbox.is_open:
             self._outlying = OutlyingRank(detect.rank_outlier, share.size)
         if (config := detect.rank_divergence) and mailbox.is_open and share.pieces.has_replicas:
             self._diverging = DivergingRanks(config, layout, share.pieces)
+            self.sums_every = config.every
         self._group = share.group
         self._roll, self._next_roll = "", 0.0
         self._is_broken = False
         self.compares_norms = self._outlying is not None
-        self.sums_every = detect.rank_divergence.every if self._diverging is not None else 0  # type: ignore[union-attr]
 
     def sampled(self, kind: str, step: int, values: Any) -> None:
         """

@@ -17,6 +17,7 @@ from gradwatch.errors import PolicyError, TrainingStopped
 from gradwatch.policy import Policy, check_against
 from gradwatch.records import Layout
 from gradwatch.rules.detect_sampled import samples_every
+from gradwatch.run_info import run_info
 from gradwatch.saying import say
 from gradwatch.torch.accumulate import MarkedLoop, UnchangedLoop
 from gradwatch.torch.backend import TorchBackend
@@ -36,7 +37,6 @@ from gradwatch.torch.refusals import (
     refuse_to_enforce,
     refuse_unknown_updates,
 )
-from gradwatch.torch.run_info import run_info
 from gradwatch.torch.scaling import follower
 from gradwatch.torch.shared import SharedBackend
 from gradwatch.torch.state import as_arrays, as_tensors
@@ -80,8 +80,9 @@ class TorchWatch(Watch):
         check_against(policy, layout)
         refuse_unknown_updates(policy, self._optimizer)
         info = run_info(
-            model, policy, layout, rank=0 if share is None else share.rank,
-            device=str(tensors[0].device), run=run, version=version, started=started, pid=pid,
+            model, policy, layout, framework=f"torch {torch.__version__}", run=run,
+            rank=0 if share is None else share.rank, device=str(tensors[0].device),
+            version=version, started=started, pid=pid,
         )  # fmt: skip
         for_the_loop = accumulates_for_the_loop(policy)
         self._policy = policy

@@ -15,28 +15,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import gradwatch
-
 (cpu,) = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
 STEPS = 24
 BATCH = 8
-
-
-@pytest.fixture
-def attach() -> Iterator[Callable[..., gradwatch.Watch]]:
-    """`gradwatch.attach` that serves and records nothing unless asked."""
-    watches = []
-
-    def attach_quietly(*args: Any, **kwargs: Any) -> gradwatch.Watch:
-        watch = gradwatch.attach(*args, **{"port": None, "recording": None, **kwargs})
-        watches.append(watch)
-        return watch
-
-    yield attach_quietly
-    for watch in watches:
-        watch.close()
 
 
 @pytest.fixture(scope="session")

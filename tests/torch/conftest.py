@@ -3,27 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-
-import gradwatch
-
-
-@pytest.fixture
-def attach() -> Iterator[Callable[..., gradwatch.Watch]]:
-    """`gradwatch.attach` that serves and records nothing unless asked."""
-    watches = []
-
-    def attach_quietly(*args, **kwargs) -> gradwatch.Watch:
-        watch = gradwatch.attach(*args, **{"port": None, "recording": None, **kwargs})
-        watches.append(watch)
-        return watch
-
-    yield attach_quietly
-    for watch in watches:
-        watch.close()
 
 
 class Net(torch.nn.Module):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-import torch
-
 from gradwatch.policy import Policy
 from gradwatch.records import Layout, RunInfo
 from gradwatch.rules.chain import measures_of
@@ -14,12 +12,10 @@ from gradwatch.rules.chain import measures_of
 __all__ = ["run_info"]
 
 
-def run_info(
-    model: torch.nn.Module, policy: Policy, layout: Layout, *, rank: int, device: str, **of_run: Any
-) -> RunInfo:
+def run_info(model: object, policy: Policy, layout: Layout, **of_run: Any) -> RunInfo:
     """
     Args:
-        of_run: the fields of `RunInfo` that neither the model nor the policy tells.
+        of_run: the fields of `RunInfo` that neither the model, the policy nor the machine tells.
     """
     return RunInfo(
         layout=layout,
@@ -29,9 +25,6 @@ def run_info(
         mode=policy.effective_mode,
         policy=policy.canonical_yaml(),
         policy_sha256=policy.sha256,
-        rank=rank,
-        framework=f"torch {torch.__version__}",
-        device=device,
         host=socket.gethostname(),
         model=type(model).__name__,
         **of_run,
