@@ -10,9 +10,14 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/gradwatch demo $(ARGS)
 
 # TensorFlow and torch in one process are two runtimes on the same cores: its tests are a run of their own.
+# Tests wait for processes more than they compute: one worker a core, each with one thread, takes two thirds of the time.
 test: $(VENV)/dev.stamp programs lint
+ifdef ARGS
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
-	$(if $(ARGS),,$(BIN)/python -m pytest -m "not gpu" tests/tensorflow)
+else
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -m "not gpu" tests/tensorflow
+endif
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn, cast
 
 import typer
 
-from gradwatch.dashboards import RUNBOOK_URL, build_rules, write_dashboards
+from gradwatch.dashboards.command import dashboards, rules
 from gradwatch.demo.command import demo
 from gradwatch.errors import GradwatchError
 from gradwatch.page.command import report_command
@@ -39,8 +39,6 @@ commands = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-dashboards = typer.Typer(help="Grafana dashboards.")
-rules = typer.Typer(help="Prometheus recording and alert rules.")
 commands.command()(demo)
 commands.command("replay")(replay_command)
 commands.command("advise")(advise_command)
@@ -164,32 +162,3 @@ def export(
 def schema() -> None:
     """Prints the JSON Schema of policy files, for editors."""
     print(schema_text(), end="")
-
-
-@dashboards.command()
-def build(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Made if need be.")],
-    runbook_url: Annotated[
-        str, typer.Option(metavar="URL", help="Where the links to the runbook go.")
-    ] = RUNBOOK_URL,
-) -> None:
-    """Writes the dashboards as JSON files for Grafana, and names them."""
-    for path in write_dashboards(directory, runbook_url=runbook_url):
-        print(path)
-
-
-@rules.command()
-def render(
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Instead of stdout.")
-    ] = None,
-    runbook_url: Annotated[
-        str, typer.Option(metavar="URL", help="Where the links to the runbook go.")
-    ] = RUNBOOK_URL,
-) -> None:
-    """Prints the rule file for Prometheus."""
-    text = "".join(build_rules(runbook_url=runbook_url).values())
-    if output is None:
-        print(text, end="")
-    else:
-        output.write_text(text, encoding="utf-8")

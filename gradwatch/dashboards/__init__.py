@@ -1,6 +1,6 @@
 """The METRICS table in, dashboards for Grafana and rules for Prometheus out.
 
-    write_dashboards("dashboards")   # dashboards/gradwatch-run.json
+    write_dashboards("dashboards")   # dashboards/gradwatch-overview.json, -run, -layer, ...
     write_rules("dashboards")        # dashboards/rules/gradwatch.rules.yml
 
 Both are committed; a test compares them with what this package builds.
@@ -11,8 +11,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gradwatch.dashboards.alerts import Thresholds
-from gradwatch.dashboards.rules import RUNBOOK_URL, build_rules, write_rules
+from gradwatch.dashboards.alert import Thresholds
+from gradwatch.dashboards.clipping import clipping_dashboard
+from gradwatch.dashboards.distributed import distributed_dashboard
+from gradwatch.dashboards.exporter import exporter_dashboard
+from gradwatch.dashboards.layer import layer_dashboard
+from gradwatch.dashboards.overview import overview_dashboard
+from gradwatch.dashboards.rules import RUNBOOK_URL, build_rules, prometheus_rule, write_rules
 from gradwatch.dashboards.run import run_dashboard
 
 __all__ = [
@@ -20,6 +25,7 @@ __all__ = [
     "Thresholds",
     "build_dashboards",
     "build_rules",
+    "prometheus_rule",
     "write_dashboards",
     "write_rules",
 ]
@@ -27,7 +33,14 @@ __all__ = [
 
 def build_dashboards(*, runbook_url: str = RUNBOOK_URL) -> dict[str, str]:
     """File name -> JSON text, keys sorted, so that a change is a small diff."""
-    dashboards = [run_dashboard(runbook_url)]
+    dashboards = [
+        overview_dashboard(runbook_url),
+        run_dashboard(runbook_url),
+        layer_dashboard(runbook_url),
+        clipping_dashboard(runbook_url),
+        distributed_dashboard(runbook_url),
+        exporter_dashboard(runbook_url),
+    ]
     return {
         f"{dashboard['uid']}.json": json.dumps(dashboard, indent=2, sort_keys=True) + "\n"
         for dashboard in dashboards

@@ -1,26 +1,27 @@
-"""The last row, collapsed: what watching itself costs, and what it could not keep up with."""
+"""What watching itself costs, and what it could not keep up with: a row of panels."""
 
 from __future__ import annotations
 
-from gradwatch.dashboards.layout import Row, line
+from gradwatch.dashboards.alert import THRESHOLDS
+from gradwatch.dashboards.layout import Line, Row, line
 from gradwatch.dashboards.panels import Json, heatmap, table, target, timeseries
 
-__all__ = ["health"]
+__all__ = ["health", "health_lines"]
 
 _OVERHEAD = """sum by (run) (rate(gradwatch_overhead_seconds_total[$__rate_interval]))
 / sum by (run) (rate(gradwatch_step_duration_seconds_sum[$__rate_interval]) > 0)"""
 
 
 def health() -> Row:
-    return Row(
-        title="gradwatch itself",
-        collapsed=True,
-        lines=[
-            line(5, _what_runs()),
-            line(7, _overhead(), _errors(), _dropped()),
-            line(7, _series_dropped(), _recording(), _durations()),
-        ],
-    )
+    return Row(title="gradwatch itself", collapsed=True, lines=health_lines())
+
+
+def health_lines() -> list[Line]:
+    return [
+        line(5, _what_runs()),
+        line(7, _overhead(), _errors(), _dropped()),
+        line(7, _series_dropped(), _recording(), _durations()),
+    ]
 
 
 def _what_runs() -> Json:
@@ -57,6 +58,7 @@ def _overhead() -> Json:
         target(_OVERHEAD, "{{run}}"),
         unit="percentunit",
         least=0,
+        marks=((THRESHOLDS.overhead_share, "orange"),),
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows of panels in, placed and numbered panels out.
+"""Rows of panels in, placed and numbered panels out, whose queries select the chosen runs.
 
 Grafana's grid is 24 columns wide. Ids follow the position, so that they stay the same as long
 as the dashboard does, and refIds count from A in every panel.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 
 from gradwatch.dashboards.panels import Json
+from gradwatch.dashboards.promql import selecting
 
 __all__ = ["COLUMNS", "DATASOURCE", "Line", "Row", "line", "place"]
 
@@ -54,13 +55,17 @@ def line(height: int, *panels: Json, widths: tuple[int, ...] = ()) -> Line:
     return Line(height, panels, widths)
 
 
-def place(rows: Sequence[Row]) -> list[Json]:
-    """The `panels` of a dashboard: headings and panels from top to bottom."""
+def place(rows: Sequence[Row], *, ranks: bool = True) -> list[Json]:
+    """The `panels` of a dashboard: headings and panels from top to bottom.
+
+    Args:
+        ranks: whether the dashboard has the variable rank, for its queries to select by.
+    """
     placed: list[Json] = []
     next_id, top = 1, 0
     for row in rows:
         heading = _heading(row, next_id, top)
-        inside = _fill(row.lines, next_id + 1, top + 1)
+        inside = _fill(row.lines, next_id + 1, top + 1, ranks)
         next_id += 1 + len(inside)
         top += 1 + sum(line.height for line in row.lines)
         placed.append(heading)
@@ -79,21 +84,26 @@ def _heading(row: Row, panel_id: int, top: int) -> Json:
     }
 
 
-def _fill(lines: Sequence[Line], first_id: int, top: int) -> list[Json]:
+def _fill(lines: Sequence[Line], first_id: int, top: int, ranks: bool) -> list[Json]:
     filled: list[Json] = []
     for line in lines:
         left = 0
         for panel, width in zip(line.panels, line.widths, strict=True):
             spot = {"h": line.height, "w": width, "x": left, "y": top}
-            filled.append(_placed(panel, first_id + len(filled), spot))
+            filled.append(_placed(panel, first_id + len(filled), spot, ranks))
             left += width
         top += line.height
     return filled
 
 
-def _placed(panel: Json, panel_id: int, spot: Json) -> Json:
+def _placed(panel: Json, panel_id: int, spot: Json, ranks: bool) -> Json:
     targets = [
-        {**target, "datasource": DATASOURCE, "refId": ref}
+        {
+            **target,
+            "datasource": DATASOURCE,
+            "expr": selecting(target["expr"], ranks=ranks),
+            "refId": ref,
+        }
         for ref, target in zip(ascii_uppercase, panel["targets"], strict=False)
     ]
     return {

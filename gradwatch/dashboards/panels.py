@@ -1,13 +1,12 @@
 """Title, meaning and queries in, one Grafana panel out (classic JSON model, schemaVersion 39).
 
-A panel here has no id, place or data source yet: `layout` gives it those. Units are Grafana's.
+A panel here has no id, place, data source or selection of runs yet: `layout` gives it those.
+Units are Grafana's.
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-from gradwatch.dashboards.promql import selecting
 
 __all__ = [
     "NOT_SCRAPED",
@@ -41,7 +40,7 @@ def target(
     return {
         "editorMode": "code",
         "exemplar": exemplars,
-        "expr": selecting(query),
+        "expr": query,
         "format": form,
         "instant": now,
         "legendFormat": legend or "__auto",
@@ -91,9 +90,10 @@ def stat(
     steps: Json | None = None,
     mappings: list[Json] | None = None,
     decimals: int | None = None,
+    legend: str = "{{run}}",
 ) -> Json:
-    """One figure per run, as it is now."""
-    panel = _panel("stat", title, description, [target(query, "{{run}}", now=True)], unit)
+    """One figure per run, or whatever else `legend` tells apart, as it is now."""
+    panel = _panel("stat", title, description, [target(query, legend, now=True)], unit)
     panel["fieldConfig"]["defaults"] |= {
         "color": {"mode": "thresholds"},
         "mappings": mappings or [],
@@ -124,9 +124,14 @@ def timeseries(
     bars: bool = False,
     least: float | None = None,
     most: float | None = None,
+    marks: tuple[tuple[float, str], ...] = (),
     overrides: tuple[Json, ...] = (),
 ) -> Json:
-    """Lines or stacked bars over time; `log` makes the axis logarithmic to the base 10."""
+    """Lines or stacked bars over time; `log` makes the axis logarithmic to the base 10.
+
+    Args:
+        marks: values and their colours, each drawn as a dashed line across.
+    """
     panel = _panel("timeseries", title, description, list(targets), unit)
     custom: Json = {
         "drawStyle": "bars" if bars else "line",
@@ -138,6 +143,10 @@ def timeseries(
         "stacking": {"group": "A", "mode": "normal" if bars else "none"},
     }
     panel["fieldConfig"]["defaults"] |= {"color": {"mode": "palette-classic"}, "custom": custom}
+    if marks:
+        custom["thresholdsStyle"] = {"mode": "dashed"}
+        steps = thresholds((None, "transparent"), *sorted(marks))
+        panel["fieldConfig"]["defaults"]["thresholds"] = steps
     for bound, value in (("min", least), ("max", most)):
         if value is not None:
             panel["fieldConfig"]["defaults"][bound] = value

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import re
 
-from gradwatch.export.metrics import METRICS, PREFIX, MetricSpec
+from gradwatch.export.metrics import AGENT_METRICS, METRICS, PREFIX, MetricSpec
 
-__all__ = ["OVER_ALL_RANKS", "OVER_RANKS", "metric_of", "selecting"]
+__all__ = ["metric_of", "selecting"]
 
 OVER_RANKS = 'job=~"$job",run=~"$run",rank=~"$rank"'
 OVER_ALL_RANKS = 'job=~"$job",run=~"$run"'
 """For series with a layer, which rank 0 alone exports, and for alerts, which have no rank."""
 
-_SERIES = re.compile(rf"\b({PREFIX}\w+|ALERTS)\b(?:\{{([^}}]*)\}})?")
+OVER_JOBS = 'job=~"$job"'
+"""For what Prometheus or a node agent says of a target, which has no run."""
+
+_SERIES = re.compile(rf"\b({PREFIX}\w+|ALERTS|up|scrape_\w+)\b(?:\{{([^}}]*)\}})?")
 _HISTOGRAM_PART = re.compile(r"_(bucket|sum|count)$")
 
 
@@ -32,6 +35,8 @@ def metric_of(series: str) -> MetricSpec:
     whole = _HISTOGRAM_PART.sub("", name)
     if whole != name and whole in METRICS and METRICS[whole].type == "histogram":
         return METRICS[whole]
+    if name in AGENT_METRICS:
+        return AGENT_METRICS[name]
     if name in METRICS and METRICS[name].type != "histogram":
         return METRICS[name]
     raise KeyError(
@@ -40,16 +45,23 @@ def metric_of(series: str) -> MetricSpec:
     )
 
 
-def selecting(query: str) -> str:
-    """`query` with the variables job, run and, where it says something, rank in every selector."""
-    return _SERIES.sub(_with_selection, query)
+def selecting(query: str, *, ranks: bool = True) -> str:
+    """`query` with the variables job, run and rank in every selector, where they say something.
+
+    Args:
+        ranks: whether the dashboard has the variable rank.
+    """
+
+    def with_selection(match: re.Match[str]) -> str:
+        name, matchers = match.group(1), match.group(2)
+        return f"{name}{{{_selection(name, ranks)}{',' + matchers if matchers else ''}}}"
+
+    return _SERIES.sub(with_selection, query)
 
 
-def _with_selection(match: re.Match[str]) -> str:
-    name, matchers = match.group(1), match.group(2)
-    selection = OVER_ALL_RANKS if _has_no_rank_to_choose(name) else OVER_RANKS
-    return f"{name}{{{selection}{',' + matchers if matchers else ''}}}"
-
-
-def _has_no_rank_to_choose(name: str) -> bool:
-    return name == "ALERTS" or "layer" in metric_of(name).labels
+def _selection(name: str, ranks: bool) -> str:
+    if name == "ALERTS":
+        return OVER_ALL_RANKS
+    if not name.startswith(PREFIX) or metric_of(name).name in AGENT_METRICS:
+        return OVER_JOBS
+    return OVER_RANKS if ranks and "layer" not in metric_of(name).labels else OVER_ALL_RANKS

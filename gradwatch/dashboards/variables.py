@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gradwatch.dashboards.layout import DATASOURCE
 from gradwatch.dashboards.panels import Json
 
@@ -11,18 +13,21 @@ _ON_TIME_RANGE_CHANGE = 2
 _ALPHABETICAL, _NUMERICAL = 1, 3
 
 
-def variables() -> list[Json]:
-    """Values come from `gradwatch_info`, one series per rank, so that asking costs little."""
+def variables(choose: Sequence[str]) -> list[Json]:
+    """The data source and those named, each narrowed by the ones before it.
+
+    Values come from `gradwatch_info`, one series per rank, so that asking costs little.
+    """
     of_job = 'gradwatch_info{job=~"$job"}'
     of_run = 'gradwatch_info{job=~"$job",run=~"$run"}'
     layers = 'gradwatch_grad_norm{job=~"$job",run=~"$run"}'
-    return [
-        _datasource(),
-        _labels("job", "gradwatch_info", "Job", "Prometheus job that scrapes the run."),
-        _labels("run", of_job, "Run", "Training run; compare several, or all."),
-        _labels("rank", of_run, "Rank", "Process of the run.", sort=_NUMERICAL),
-        _labels("layer", layers, "Layer", "The layer that is shown in depth.", several=False),
-    ]
+    known = {
+        "job": _labels("job", "gradwatch_info", "Job", "Prometheus job that scrapes the run."),
+        "run": _labels("run", of_job, "Run", "Training run; compare several, or all."),
+        "rank": _labels("rank", of_run, "Rank", "Process of the run.", sort=_NUMERICAL),
+        "layer": _labels("layer", layers, "Layer", "The layer that is shown.", several=False),
+    }
+    return [_datasource(), *(known[name] for name in choose)]
 
 
 def _datasource() -> Json:

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from gradwatch.dashboards.alerts import THRESHOLDS
+from gradwatch.dashboards.alert import THRESHOLDS
 from gradwatch.dashboards.layout import Row, line
 from gradwatch.dashboards.panels import mapping, stat, state_timeline, target, thresholds
 
-__all__ = ["verdict"]
+__all__ = ["CLIPPED_SHARE", "ENFORCING", "MODES", "STATE", "STATES", "verdict"]
 
-_STATE = """1 * max by (run) (gradwatch_run_state{state="running"})
+STATE = """1 * max by (run) (gradwatch_run_state{state="running"})
 + 2 * max by (run) (gradwatch_run_state{state="finished"})
 + 3 * max by (run) (gradwatch_run_state{state="stopped"})
 + 4 * max by (run) (gradwatch_run_state{state="crashed"})"""
 
-_CLIPPED_SHARE = """max by (run) (
+CLIPPED_SHARE = """max by (run) (
   sum by (run, rule) (increase(gradwatch_clipped_steps_total[$__range]))
   / on (run) group_left ()
   sum by (run) (increase(gradwatch_steps_total[$__range]) > 0)
 )"""
 
-_ENFORCING = """min by (run) (
+ENFORCING = """min by (run) (
   gradwatch_enforcing and on (job, instance, run, rank) gradwatch_info{mode="enforce"}
 )
 or 2 * max by (run) (gradwatch_info{mode="shadow"})
 or 3 * max by (run) (gradwatch_info{mode="observe"})"""
+
+STATES = mapping(
+    _1=("running", "green"),
+    _2=("finished", "blue"),
+    _3=("stopped by the policy", "orange"),
+    _4=("crashed", "red"),
+)
+
+MODES = mapping(
+    _0=("NOT ENFORCING", "red"),
+    _1=("enforcing", "green"),
+    _2=("shadow", "blue"),
+    _3=("observing", "text"),
+)
 
 _ALARM_AT_ONE = thresholds((None, "green"), (1, "red"))
 
@@ -35,14 +49,9 @@ def verdict() -> Row:
             "State",
             "What the run last said about itself. After a crash, open the recording: it holds "
             "every step up to the last.",
-            _STATE,
+            STATE,
             unit="none",
-            mappings=mapping(
-                _1=("running", "green"),
-                _2=("finished", "blue"),
-                _3=("stopped by the policy", "orange"),
-                _4=("crashed", "red"),
-            ),
+            mappings=STATES,
         ),
         stat(
             "Open anomalies",
@@ -72,9 +81,9 @@ def verdict() -> Row:
             "Clipped share",
             "Share of the steps in the time range shown that the busiest clip rule changed. Near "
             "100 % clipping acts as a normaliser: raise the limit or lower the learning rate.",
-            _CLIPPED_SHARE,
+            CLIPPED_SHARE,
             unit="percentunit",
-            steps=thresholds((None, "green"), (0.9, "orange")),
+            steps=thresholds((None, "green"), (THRESHOLDS.clipped_share, "orange")),
             decimals=1,
         ),
         stat(
@@ -99,14 +108,9 @@ def verdict() -> Row:
             "Policy",
             "Whether the policy's decisions reach the gradient. Not enforcing: training goes on "
             "unclipped; see the hook errors in the last section and the log of the run.",
-            _ENFORCING,
+            ENFORCING,
             unit="none",
-            mappings=mapping(
-                _0=("NOT ENFORCING", "red"),
-                _1=("enforcing", "green"),
-                _2=("shadow", "blue"),
-                _3=("observing", "text"),
-            ),
+            mappings=MODES,
         ),
     )
     return Row(title="Verdict", lines=[figures, line(5, _episodes())])

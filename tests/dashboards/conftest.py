@@ -1,4 +1,4 @@
-"""The run dashboard as a reader of its JSON sees it, and the real promtool."""
+"""Every dashboard as a reader of its JSON sees it, and the real promtool."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ def committed() -> Path:
     return REPOSITORY / "dashboards"
 
 
+@pytest.fixture(scope="session", params=sorted(build_dashboards()))
+def dashboard(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return dict(json.loads(build_dashboards()[request.param]))
+
+
 @pytest.fixture(scope="session")
-def dashboard() -> dict[str, Any]:
+def run_dashboard() -> dict[str, Any]:
     return dict(json.loads(build_dashboards()["gradwatch-run.json"]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,54 @@ import promql_parser as promql
 import pytest
 import yaml
 
-from gradwatch.dashboards import Thresholds, build_rules, write_rules
-from gradwatch.dashboards.alerts import duration
+from gradwatch.dashboards import (
+    Thresholds,
+    build_dashboards,
+    build_rules,
+    prometheus_rule,
+    write_rules,
+)
+from gradwatch.dashboards.alert import duration, words
+from gradwatch.dashboards.alerts import alerts as all_alerts
 from gradwatch.dashboards.promql import metric_of
+from gradwatch.policy import KINDS
 
 RULES = "rules/gradwatch.rules.yml"
 
 SEVERITIES = {
     "GradwatchExplodingGradient": "critical",
     "GradwatchNonFiniteGradient": "critical",
+    "GradwatchRankDivergence": "critical",
+    "GradwatchRankOutlier": "warning",
+    "GradwatchVanishingGradient": "warning",
+    "GradwatchUpdateOutOfRange": "warning",
+    "GradwatchPrecisionLost": "warning",
+    "GradwatchLossRising": "warning",
+    "GradwatchLossScaleCollapsed": "warning",
+    "GradwatchGradientStuck": "warning",
+    "GradwatchParameterUnused": "info",
+    "GradwatchGradNormSpiking": "warning",
+    "GradwatchGradNormTrend": "warning",
+    "GradwatchClippingSaturated": "warning",
+    "GradwatchStepsSkipped": "warning",
+    "GradwatchNotEnforcing": "critical",
+    "GradwatchPolicyRefused": "warning",
     "GradwatchTrainingStalled": "critical",
     "GradwatchExporterDown": "warning",
-    "GradwatchNotEnforcing": "critical",
+    "GradwatchRunDisappeared": "critical",
+    "GradwatchHookErrors": "warning",
+    "GradwatchOverheadHigh": "warning",
+    "GradwatchRecordsDropped": "warning",
+    "GradwatchSeriesDropped": "info",
+    "GradwatchAgentErrors": "warning",
 }
+
+WITHOUT_RUN = {"GradwatchAgentErrors"}
+"""A node agent speaks for many runs: what ails it has none."""
+
+PAIRS = sorted(
+    path.name for path in (Path(__file__).parents[2] / "dashboards/rules/tests").glob("*.yml")
+)
 
 
 def _rules(text: str) -> list[dict[str, Any]]:
@@ -55,15 +91,22 @@ def test_the_alerts_are_those_and_their_severities(alerts: list[dict[str, Any]])
 
 def test_every_summary_is_a_sentence_that_names_the_run(alerts: list[dict[str, Any]]) -> None:
     for rule in alerts:
-        assert rule["annotations"]["summary"].endswith(".")
-        assert "{{ $labels.run }}" in rule["annotations"]["summary"]
+        named = "instance" if rule["alert"] in WITHOUT_RUN else "run"
+        assert f"{{{{ $labels.{named} }}}}" in rule["annotations"]["summary"]
+        assert rule["annotations"]["summary"].endswith((".", "; training goes on."))
+
+
+def test_every_kind_of_anomaly_that_is_no_single_step_raises_an_alert() -> None:
+    """One overflow that a loss scaler answers is what the scaler is for."""
+    raised = [kind for alert in all_alerts() for kind in alert.events]
+    assert sorted(raised) == sorted(set(KINDS) - {"overflow"})
 
 
 def test_every_description_gives_a_value_and_what_to_do_first(
     alerts: list[dict[str, Any]],
 ) -> None:
     for rule in alerts:
-        assert "| value |" in rule["annotations"]["description"]
+        assert re.search(r"\$?value \||\.Value \|", rule["annotations"]["description"])
         assert " First " in rule["annotations"]["description"]
 
 
@@ -128,11 +171,59 @@ def test_every_matcher_names_a_label_of_its_series() -> None:
         (Thresholds(down_for_seconds=45), "for: 45s\n"),
         (Thresholds(goodbye_seconds=7200), "[2h])"),
         (Thresholds(enforcing_seconds=60), "gradwatch_enforcing[1m]"),
+        (
+            Thresholds(disappeared_for_seconds=900),
+            "for: 15m\n        labels:\n          severity: crit",
+        ),
+        (Thresholds(window_seconds=1800), "increase(gradwatch_steps_total[30m])"),
+        (Thresholds(window_seconds=1800), "in the last 30 minutes"),
+        (Thresholds(level_seconds=3600), "for: 1h\n"),
+        (Thresholds(spike_share=0.5), "0.5 * run:gradwatch_steps:increase, 5\n"),
+        (Thresholds(spike_least=7), "0.01 * run:gradwatch_steps:increase, 7\n"),
+        (Thresholds(trend_factor=3), "> 3 * quantile_over_time"),
+        (Thresholds(trend_for_seconds=480), "for: 8m\n"),
+        (Thresholds(clipped_share=0.75), "busiest_rule > 0.75\n"),
+        (Thresholds(skipped_share=0.2), "0.2 * run:gradwatch_steps:increase, 10\n"),
+        (Thresholds(skipped_least=33), "0.05 * run:gradwatch_steps:increase, 33\n"),
+        (Thresholds(overhead_share=0.15), "> 0.15\n"),
     ],
 )
 def test_every_threshold_reaches_the_file(changed: Thresholds, written: str) -> None:
     assert written not in build_rules()[RULES]
     assert written in build_rules(changed)[RULES].replace("\n              ", " ")
+
+
+def test_every_threshold_has_such_a_test() -> None:
+    marks = test_every_threshold_reaches_the_file.pytestmark  # type: ignore[attr-defined]
+    (cases,) = [mark.args[1] for mark in marks if mark.name == "parametrize"]
+    changed = {
+        field.name
+        for thresholds, _ in cases
+        for field in fields(Thresholds)
+        if getattr(thresholds, field.name) != field.default
+    }
+    assert changed == {field.name for field in fields(Thresholds)}
+
+
+def test_a_prometheus_rule_holds_the_same_groups() -> None:
+    rule = yaml.safe_load(prometheus_rule(namespace="ml", labels={"release": "prometheus"}))
+    assert rule["spec"] == yaml.safe_load(build_rules()[RULES])
+    assert rule["metadata"] == {
+        "name": "gradwatch",
+        "namespace": "ml",
+        "labels": {"app.kubernetes.io/name": "gradwatch", "release": "prometheus"},
+    }
+
+
+def test_alerts_link_to_a_dashboard_that_exists_where_grafana_is_known() -> None:
+    built = {name.removesuffix(".json") for name in build_dashboards()}
+    text = build_rules(grafana_url="https://grafana.example/")[RULES]
+    for rule in _rules(text):
+        if "alert" in rule:
+            link = rule["annotations"]["dashboard_url"]
+            uid, query = link.removeprefix("https://grafana.example/d/").split("?", 1)
+            assert uid in built
+            assert query == "var-run={{ $labels.run | urlquery }}"
 
 
 @pytest.mark.parametrize(
@@ -144,19 +235,25 @@ def test_durations_are_written_in_the_largest_unit_that_divides_them(
     assert duration(seconds) == written
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(1, "1 second"), (90, "90 seconds"), (60, "1 minute"), (900, "15 minutes"), (7200, "2 hours")],
+)
+def test_durations_are_said_as_a_reader_says_them(seconds: int, said: str) -> None:
+    assert words(seconds) == said
+
+
 @pytest.mark.servers
 def test_promtool_accepts_the_rules(committed: Path, promtool: Callable[..., None]) -> None:
     promtool("check", "rules", committed / RULES)
 
 
 @pytest.mark.servers
-@pytest.mark.parametrize(
-    "name", ["exploding", "nonfinite", "stalled", "exporter_down", "not_enforcing"]
-)
+@pytest.mark.parametrize("name", PAIRS)
 def test_alerts_are_silent_just_before_and_fire_at_the_moment(
     committed: Path, promtool: Callable[..., None], name: str
 ) -> None:
-    promtool("test", "rules", committed / "rules" / "tests" / f"{name}.yml")
+    promtool("test", "rules", committed / "rules" / "tests" / name)
 
 
 def test_every_alert_is_tested_firing_silent_and_exempt(tests: dict[str, str]) -> None:
@@ -175,9 +272,15 @@ def test_every_firing_is_paired_with_a_silence_just_before(tests: dict[str, str]
             assert not fired[0], case["name"]
 
 
+def test_no_text_of_an_alert_failed_to_expand(tests: dict[str, str]) -> None:
+    for name, text in tests.items():
+        assert "error expanding" not in text, name
+
+
 def test_the_series_that_the_alerts_are_tested_with_are_exported(tests: dict[str, str]) -> None:
     for text in tests.values():
         for series, labels in re.findall(r"'(gradwatch_\w+)\{([^}]*)\}'", text):
-            own = {"job", "instance", "run", "rank", *metric_of(series).labels}
+            common = () if series.startswith("gradwatch_agent") else ("run", "rank")
+            own = {"job", "instance", *common, *metric_of(series).labels}
             given = set(re.findall(r'(\w+)="', labels))
             assert given == own or series.startswith("gradwatch_step_duration"), series
