@@ -17,11 +17,14 @@ from gradwatch.dashboards import (
     prometheus_rule,
     write_dashboards,
 )
+from gradwatch.dashboards.check_command import check_dashboards_command, check_rules_command
 
 __all__ = ["dashboards", "rules"]
 
 dashboards = typer.Typer(help="Grafana dashboards.")
 rules = typer.Typer(help="Prometheus recording and alert rules.")
+dashboards.command("check")(check_dashboards_command)
+rules.command("check")(check_rules_command)
 
 RunbookUrl = Annotated[str, typer.Option(metavar="URL", help="Where the links to the runbook go.")]
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Thresholds)}

@@ -29,6 +29,9 @@ class MetricSpec:
     unit: str = "none"
     """Grafana unit of a panel that shows it."""
 
+    needs: str = ""
+    """What a run must have for it to have a series; empty where each run that trains has one."""
+
     @property
     def full_name(self) -> str:
         return PREFIX + self.name
@@ -63,6 +66,7 @@ _SPECS = (
         "gauge",
         "Multiplier that clipping applied to one layer's gradient, 1 when untouched.",
         ("layer",),
+        needs="a policy",
     ),
     MetricSpec(
         "update_ratio",
@@ -70,14 +74,22 @@ _SPECS = (
         "Norm of one layer's update over that of its weights, in the last step that was sampled: "
         "each tenth one, or as detect.every says.",
         ("layer",),
+        needs="sampling of updates, which detect: none switches off",
     ),
     MetricSpec(
         "clipped_steps_total",
         "counter",
         "Steps in which a rule clipped; in shadow mode, in which it would have.",
         ("rule",),
+        needs="a policy with a clip rule",
     ),
-    MetricSpec("skipped_steps_total", "counter", "Steps dropped, by reason.", ("reason",)),
+    MetricSpec(
+        "skipped_steps_total",
+        "counter",
+        "Steps dropped, by reason.",
+        ("reason",),
+        needs="a policy or a loss scaler",
+    ),
     MetricSpec("events_total", "counter", "Anomalies, by kind and level.", ("event", "level")),
     MetricSpec(
         "last_event_timestamp_seconds",
@@ -90,20 +102,27 @@ _SPECS = (
         "anomaly_active", "gauge", "1 while an ALERT episode of this kind is open.", ("event",)
     ),
     MetricSpec("anomalous_layers", "gauge", "Layers in an open episode of this kind.", ("event",)),
-    MetricSpec("loss", "gauge", "Last loss given to watch.log."),
-    MetricSpec("loss_scale", "gauge", "Loss scale of mixed precision, when one is known."),
+    MetricSpec("loss", "gauge", "Last loss given to watch.log.", needs="watch.log(loss=loss)"),
+    MetricSpec(
+        "loss_scale",
+        "gauge",
+        "Loss scale of mixed precision, when one is known.",
+        needs="a loss scaler",
+    ),
     MetricSpec("learning_rate", "gauge", "Learning rate of the first parameter group."),
     MetricSpec(
         "noise_scale",
         "gauge",
         "Batch size at which noise and signal are equal, in micro-batches or the unit of weights.",
+        needs="accumulation: two micro-batches in a step or more",
     ),
     MetricSpec(
         "local_norm",
         "gauge",
         "L2 norm of this rank's own gradient before it is averaged with others; sampled.",
+        needs="two ranks under DistributedDataParallel",
     ),
-    MetricSpec("limit", "gauge", "Limit in force.", ("rule",)),
+    MetricSpec("limit", "gauge", "Limit in force.", ("rule",), needs="a policy with a clip rule"),
     MetricSpec(
         "enforcing",
         "gauge",
@@ -147,13 +166,20 @@ _AGENT_SPECS = (
         "Recordings that the node agent follows, by the state of their runs; reading: it has not "
         "read all of it yet, hidden: another one has the same run and rank.",
         ("state",),
+        needs="a node agent: gradwatch serve",
     ),
     MetricSpec(
         "agent_unreadable_files",
         "gauge",
         "Files in the directory of the node agent that are recordings by name only.",
+        needs="a node agent: gradwatch serve",
     ),
-    MetricSpec("agent_errors_total", "counter", "Errors of the node agent itself."),
+    MetricSpec(
+        "agent_errors_total",
+        "counter",
+        "Errors of the node agent itself.",
+        needs="a node agent: gradwatch serve",
+    ),
 )
 
 AGENT_METRICS: dict[str, MetricSpec] = {spec.name: spec for spec in _AGENT_SPECS}

@@ -1,0 +1,49 @@
+"""`docs/metrics.md` from the METRICS table.
+
+python -m gradwatch.export.reference > docs/metrics.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from gradwatch.export.metrics import AGENT_METRICS, METRICS, MetricSpec
+
+__all__ = ["reference_text"]
+
+_HEAD = """\
+# Metrics
+
+<!-- written by python -m gradwatch.export.reference -->
+
+What `/metrics` has, of a run itself (port 9464 and the next free ones) and of a node agent
+(`gradwatch serve`). Names are API: they change with an entry in the changelog. All have the
+labels `run` and `rank`, but those of a node agent about itself. A counter is there from the
+start, at 0. Series with `layer` come from rank 0, for at most 512 layers;
+`gradwatch_series_dropped` says how many are left out. Where a metric needs something, it is
+absent without it.
+
+A one-step spike cannot hide between two scrapes: it is in `gradwatch_events_total`, in
+`gradwatch_last_event_timestamp_seconds` if it was an alert, in `gradwatch_total_norm_window_max`
+for a minute, and in `gradwatch_total_norm_distribution`, whose buckets carry the step as an
+exemplar. NaN is an event too: no comparison finds a gauge that is NaN.
+
+| metric | type | labels | what it is | needs |
+| --- | --- | --- | --- | --- |
+"""
+
+
+def reference_text() -> str:
+    """The whole page."""
+    agent = "\n## Of a node agent about itself\n\n" + "\n".join(_HEAD.splitlines()[-2:]) + "\n"
+    return _HEAD + "".join(_rows(METRICS.values())) + agent + "".join(_rows(AGENT_METRICS.values()))
+
+
+def _rows(specs: Iterable[MetricSpec]) -> Iterator[str]:
+    for spec in specs:
+        labels = ", ".join(f"`{label}`" for label in spec.labels)
+        yield f"| `{spec.full_name}` | {spec.type} | {labels} | {spec.help} | {spec.needs} |\n"
+
+
+if __name__ == "__main__":
+    print(reference_text(), end="")
