@@ -50,7 +50,9 @@ def test_without_it_metrics_stay_on_this_machine_and_no_file_is_written(
     attached, monkeypatch, tmp_path, value
 ):
     for name in ("GRADWATCH_RUN", "GRADWATCH_HOST", "GRADWATCH_DISCOVERY"):
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     watch = attached()
     assert watch.url.startswith("http://127.0.0.1:")
