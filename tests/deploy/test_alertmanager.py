@@ -29,6 +29,17 @@ def test_amtool_accepts_it(repository: Path, call: Callable[..., str]) -> None:
     assert "SUCCESS" in call("amtool", "check-config", repository / HERE / "alertmanager.yml")
 
 
+def test_amlint_finds_no_route_that_leads_nowhere_and_no_alert_that_hides_another(
+    repository: Path,
+) -> None:
+    command = [Path(sys.executable).with_name("amlint"), "check", "--strict"]
+    rules = f"--rules={repository}/dashboards/rules/*.yml"
+    checked = subprocess.run(
+        [*command, rules, repository / HERE / "alertmanager.yml"], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 @pytest.mark.servers
 @pytest.mark.parametrize("severity", ["critical", "warning"])
 def test_every_severity_reaches_the_pager(
