@@ -64,7 +64,8 @@ class Discovery:
             OSError: the directory cannot be written to.
         """
         all_labels = {**(labels or {}), "run": clean(info.run), "rank": str(info.rank)}
-        self._text = json.dumps([{"targets": [authority], "labels": all_labels}], indent=2) + "\n"
+        groups = [{"targets": [authority], "labels": all_labels}]
+        self._body = (json.dumps(groups, indent=2) + "\n").encode()
         self._pid = os.getpid()
         self.path = directory / _file_name(clean(info.run), info.rank)
         directory.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ class Discovery:
             if self._closed.is_set():
                 return
             try:
-                if self.path.read_text(encoding="utf-8") == self._text:
+                if self.path.read_bytes() == self._body:
                     os.utime(self.path)
             except FileNotFoundError:
                 self._put()
@@ -102,7 +103,7 @@ class Discovery:
         with self._lock:
             self._closed.set()
             with suppress(FileNotFoundError):
-                if self.path.read_text(encoding="utf-8") == self._text:
+                if self.path.read_bytes() == self._body:
                     self.path.unlink()
 
     def _touch_on(self) -> None:
@@ -115,8 +116,8 @@ class Discovery:
         number, name = tempfile.mkstemp(prefix=".gradwatch-", dir=self.path.parent)
         whole = Path(name)
         try:
-            with os.fdopen(number, "w", encoding="utf-8") as file:
-                file.write(self._text)
+            with os.fdopen(number, "wb") as file:
+                file.write(self._body)
             whole.chmod(0o644)  # Prometheus is another user
             whole.replace(self.path)
         except OSError:

@@ -29,15 +29,35 @@ def test_amtool_accepts_it(repository: Path, call: Callable[..., str]) -> None:
     assert "SUCCESS" in call("amtool", "check-config", repository / HERE / "alertmanager.yml")
 
 
+def amlint(repository: Path, configuration: Path) -> subprocess.CompletedProcess[str]:
+    rules = f"--rules={repository}/dashboards/rules/*.yml"
+    command = [Path(sys.executable).with_name("amlint"), "check", "--strict", rules, configuration]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def test_amlint_finds_no_route_that_leads_nowhere_and_no_alert_that_hides_another(
     repository: Path,
 ) -> None:
-    command = [Path(sys.executable).with_name("amlint"), "check", "--strict"]
-    rules = f"--rules={repository}/dashboards/rules/*.yml"
-    checked = subprocess.run(
-        [*command, rules, repository / HERE / "alertmanager.yml"], capture_output=True, text=True
-    )
+    checked = amlint(repository, repository / HERE / "alertmanager.yml")
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "code"),
+    [
+        ("  routes:\n", "  routes:\n    - {receiver: pager}\n", "unreachable-route"),
+        ("    equal: [job, run]\n", "", "inhibit-no-equal"),
+    ],
+)
+def test_amlint_would_see_a_mistake(
+    repository: Path, tmp_path: Path, right: str, wrong: str, code: str
+) -> None:
+    text = (repository / HERE / "alertmanager.yml").read_text()
+    assert right in text
+    (tmp_path / "alertmanager.yml").write_text(text.replace(right, wrong, 1))
+    checked = amlint(repository, tmp_path / "alertmanager.yml")
+    assert checked.returncode != 0
+    assert code in checked.stdout
 
 
 @pytest.mark.servers

@@ -80,6 +80,14 @@ def test_a_later_run_of_the_same_name_keeps_its_file_when_the_first_one_ends(ann
     assert "9465" in second.path.read_text()
 
 
+def test_what_somebody_else_has_put_there_stays(announce):
+    discovery = announce()
+    discovery.path.write_bytes(b"\xff")
+    discovery.touch()
+    discovery.close()
+    assert discovery.path.read_bytes() == b"\xff"
+
+
 def test_everybody_may_read_the_file_whatever_the_umask(announce):
     before = os.umask(0o077)
     try:
