@@ -30,7 +30,7 @@ def attach(
     policy: str | os.PathLike[str] | Mapping[str, Any] | Policy | None = None,
     *,
     run: str | None = None,
-    host: str = "127.0.0.1",
+    host: str | None = None,
     port: int | None = 9464,
     recording: str | os.PathLike[str] | None = "gradwatch-runs",
     discovery: str | os.PathLike[str] | None = None,
@@ -41,6 +41,10 @@ def attach(
 ) -> Watch:
     """Watches the gradients of `model` from the next `optimizer.step()` on.
 
+    What a machine rather than a script knows may come from the environment: GRADWATCH_RUN,
+    GRADWATCH_HOST and GRADWATCH_DISCOVERY stand for the arguments `run`, `host` and `discovery`
+    where those are None.
+
     Args:
         model: a `torch.nn.Module`, a model of Keras, a `tf.Module`, or an optimizer of Keras that
             is built.
@@ -49,7 +53,7 @@ def attach(
         policy: a YAML file, a dict or a `Policy`; None only observes. A file that is written while
             the run goes on is read again: its numbers may change, and hold from a step on.
         run: the label of this run in metrics and recordings; by default script and start time.
-        host: where metrics are served; `0.0.0.0` for containers.
+        host: where metrics are served, by default 127.0.0.1; `0.0.0.0` for containers.
         port: of the metrics; the next free one is taken where it is in use. None serves nothing.
         recording: the directory that recordings go to; None records nothing.
         discovery: a directory that Prometheus reads targets from (file_sd); None writes no file.
@@ -147,7 +151,10 @@ def _is_of_keras(model: Any, optimizer: Any) -> bool:
 
 
 def run_name(started: float | None = None) -> str:
-    """What a run is called that has no name: script and start time."""
+    """What a run is called that the script gives no name: as in GRADWATCH_RUN, else script and
+    start time."""
+    if given := os.environ.get("GRADWATCH_RUN"):
+        return given
     script = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "run"
     return f"{script}-{time.strftime('%m%d-%H%M%S', time.localtime(started))}"
 
@@ -165,13 +172,17 @@ def _refuse_windows_of_accelerate(policy: Policy, optimizer: Any) -> None:
 
 def _serve(
     watch: Watch,
-    host: str,
+    host: str | None,
     port: int,
     discovery: str | os.PathLike[str] | None,
     linger: float,
 ) -> None:
     """Serves the metrics; a failure is counted, and the run is watched all the same."""
     pipeline = watch.pipeline
+    if host is None:
+        host = os.environ.get("GRADWATCH_HOST") or "127.0.0.1"
+    if discovery is None:
+        discovery = os.environ.get("GRADWATCH_DISCOVERY") or None
     try:
         exporter = Exporter(
             pipeline.tally,

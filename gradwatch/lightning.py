@@ -43,7 +43,7 @@ class GradWatch(Callback):  # type: ignore[misc]  # the package is not followed
         policy: str | os.PathLike[str] | Mapping[str, Any] | Policy | None = None,
         *,
         run: str | None = None,
-        host: str = "127.0.0.1",
+        host: str | None = None,
         port: int | None = 9464,
         recording: str | os.PathLike[str] | None = "gradwatch-runs",
         discovery: str | os.PathLike[str] | None = None,

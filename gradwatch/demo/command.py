@@ -69,7 +69,8 @@ def demo(
     ] = STEPS,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of weights and batches.")] = 0,
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Where metrics are served.")
+        str,
+        typer.Option(metavar="ADDRESS", envvar="GRADWATCH_HOST", help="Where metrics are served."),
     ] = "127.0.0.1",
     port: Annotated[
         int,
@@ -80,7 +81,11 @@ def demo(
     ] = Path("gradwatch-runs"),
     discovery: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where Prometheus reads targets from (file_sd)."),
+        typer.Option(
+            metavar="DIR",
+            envvar="GRADWATCH_DISCOVERY",
+            help="Where Prometheus reads targets from (file_sd).",
+        ),
     ] = None,
     step_seconds: Annotated[
         float | None,

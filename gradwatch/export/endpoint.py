@@ -57,6 +57,9 @@ class Endpoint:
         self.authority: str | None = None
         """`host:port` as others reach it, or None."""
 
+        self.on_loopback = False
+        """Whether this machine alone reaches it."""
+
         self._on_error = on_error
         self._error_logged = False
         self._pid = os.getpid()
@@ -67,13 +70,14 @@ class Endpoint:
             return
         address, self.port = listener.getsockname()[:2]
         self.authority = reachable(address, self.port)
+        self.on_loopback = is_loopback(address)
         site = Site(
             render,
             health,
             title=title,
             page=page,
             beside=beside,
-            on_loopback=is_loopback(address),
+            on_loopback=self.on_loopback,
             on_error=self._failed,
         )
         self._server = Server(listener, site.answer, on_served=self._served, on_error=self._failed)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from prometheus_client.exposition import choose_encoder
 
-from gradwatch.export.discovery import Discovery
+from gradwatch.export.discovery import Discovery, scheduler_labels
 from gradwatch.export.endpoint import Endpoint
 from gradwatch.export.renderer import OPENMETRICS, TEXT, Renderer
 from gradwatch.export.series import MOST_LAYERS
@@ -78,10 +79,17 @@ class Exporter:
                 self._discovery.close()
 
     def _announced(self, directory: Path) -> Discovery | None:
-        if self._endpoint.authority is None:
+        authority = self._endpoint.authority
+        if authority is None:
             return None
+        labels = scheduler_labels(os.environ)
+        if labels and self._endpoint.on_loopback:
+            logger.warning(
+                "Prometheus on another machine cannot reach %s: serve the metrics on an address of "
+                "the cluster's network, with host= or GRADWATCH_HOST", authority,
+            )  # fmt: skip
         try:
-            return Discovery(directory, self._tally.info, self._endpoint.authority)
+            return Discovery(directory, self._tally.info, authority, labels)
         except OSError as error:
             self._tally.hook_error("export")
             logger.warning("Prometheus is not told of this run: cannot write to %s (%s)",

@@ -13,7 +13,11 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[2]
-PACKAGES = {"promtool": "prometheus", "amtool": "prometheus-alertmanager"}
+PACKAGES = {
+    "promtool": "prometheus",
+    "prometheus": "prometheus",
+    "amtool": "prometheus-alertmanager",
+}
 
 
 @pytest.fixture(scope="session")
@@ -39,21 +43,30 @@ def mounts(compose: dict[str, Any]) -> dict[str, dict[str, Path]]:
 
 
 @pytest.fixture(scope="session")
-def call() -> Callable[..., str]:
-    """Runs promtool or amtool, gives its output, and fails with its words if it is not content."""
+def program() -> Callable[[str], str]:
+    """The path of a program; without it, a test is skipped, and fails in CI."""
 
-    def run(program: str, *arguments: object) -> str:
-        path = shutil.which(program)
+    def path_of(name: str) -> str:
+        path = shutil.which(name)
         if path is None:
             missing = (
-                f"{program} is missing: "
-                f"apt-get install -y --no-install-recommends {PACKAGES[program]}"
+                f"{name} is missing: apt-get install -y --no-install-recommends {PACKAGES[name]}"
             )
             if os.environ.get("CI") == "true":
                 pytest.fail(missing)
             pytest.skip(missing)
+        return path
+
+    return path_of
+
+
+@pytest.fixture(scope="session")
+def call(program: Callable[[str], str]) -> Callable[..., str]:
+    """Runs promtool or amtool, gives its output, and fails with its words if it is not content."""
+
+    def run(name: str, *arguments: object) -> str:
         done = subprocess.run(
-            [path, *map(str, arguments)], capture_output=True, text=True, timeout=60
+            [program(name), *map(str, arguments)], capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr

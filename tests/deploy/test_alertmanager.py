@@ -29,10 +29,45 @@ def test_amtool_accepts_it(repository: Path, call: Callable[..., str]) -> None:
     assert "SUCCESS" in call("amtool", "check-config", repository / HERE / "alertmanager.yml")
 
 
+def amlint(repository: Path, configuration: Path) -> subprocess.CompletedProcess[str]:
+    rules = f"--rules={repository}/dashboards/rules/*.yml"
+    # `nobody` is empty on purpose: an info is to be seen by whoever looks.
+    options = ["--strict", "--ignore=empty-receiver", rules]
+    command = [Path(sys.executable).with_name("amlint"), "check", *options, configuration]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_amlint_finds_no_route_that_leads_nowhere_and_no_alert_that_hides_another(
+    repository: Path,
+) -> None:
+    checked = amlint(repository, repository / HERE / "alertmanager.yml")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "code"),
+    [
+        ("  routes:\n", "  routes:\n    - {receiver: pager}\n", "unreachable-route"),
+        ("    equal: [job, run]\n", "", "inhibit-no-equal"),
+    ],
+)
+def test_amlint_would_see_a_mistake(
+    repository: Path, tmp_path: Path, right: str, wrong: str, code: str
+) -> None:
+    text = (repository / HERE / "alertmanager.yml").read_text()
+    assert right in text
+    (tmp_path / "alertmanager.yml").write_text(text.replace(right, wrong, 1))
+    checked = amlint(repository, tmp_path / "alertmanager.yml")
+    assert checked.returncode != 0
+    assert code in checked.stdout
+
+
 @pytest.mark.servers
-@pytest.mark.parametrize("severity", ["critical", "warning"])
-def test_every_severity_reaches_the_pager(
-    repository: Path, call: Callable[..., str], severity: str
+@pytest.mark.parametrize(
+    ("severity", "receiver"), [("critical", "pager"), ("warning", "pager"), ("info", "nobody")]
+)
+def test_every_severity_reaches_whom_it_concerns(
+    repository: Path, call: Callable[..., str], severity: str, receiver: str
 ) -> None:
     said = call(
         "amtool",
@@ -40,18 +75,18 @@ def test_every_severity_reaches_the_pager(
         "routes",
         "test",
         f"--config.file={repository / HERE / 'alertmanager.yml'}",
-        "--verify.receivers=pager",
+        f"--verify.receivers={receiver}",
         f"severity={severity}",
         "alertname=GradwatchExplodingGradient",
         "run=gpt",
     )
-    assert said.splitlines()[0] == "pager"
+    assert said.splitlines()[0] == receiver
 
 
 def test_a_critical_alert_waits_for_nothing_and_a_warning_does(
     configuration: dict[str, Any],
 ) -> None:
-    (critical,) = configuration["route"]["routes"]
+    critical, _ = configuration["route"]["routes"]
     assert critical["matchers"] == ["severity = critical"]
     assert critical["group_wait"] == "0s"
     assert configuration["route"]["group_wait"] == "1m"
@@ -59,16 +94,24 @@ def test_a_critical_alert_waits_for_nothing_and_a_warning_does(
 
 
 def test_a_page_silences_warnings_of_the_same_run_only(configuration: dict[str, Any]) -> None:
-    (rule,) = configuration["inhibit_rules"]
+    rule, _ = configuration["inhibit_rules"]
     assert rule["source_matchers"][0] == "severity = critical"
-    assert rule["target_matchers"][0] == "severity = warning"
+    assert rule["target_matchers"][0] == 'severity =~ "warning|info"'
+    assert rule["equal"] == ["job", "run"]
+
+
+def test_a_run_that_is_gone_silences_whatever_else_was_said_of_it(
+    configuration: dict[str, Any],
+) -> None:
+    _, rule = configuration["inhibit_rules"]
+    assert rule["source_matchers"] == ["alertname = GradwatchRunDisappeared"]
     assert rule["equal"] == ["job", "run"]
 
 
 def test_the_receiver_is_the_pager_of_compose(
     configuration: dict[str, Any], compose: dict[str, Any]
 ) -> None:
-    (receiver,) = configuration["receivers"]
+    receiver, _ = configuration["receivers"]
     port = compose["services"]["pager"]["command"][-1]
     assert receiver["webhook_configs"][0]["url"] == f"http://pager:{port}/"
 

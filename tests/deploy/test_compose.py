@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from compose_spec import PyCompose
+
+from gradwatch.export.scrapes import PATIENCE
 
 Compose = dict[str, Any]
 
@@ -15,13 +20,19 @@ PINNED = re.compile(r"^[a-z0-9./-]+:v?\d+\.\d+\.\d+(-[a-z-]+)?$")
 
 
 @pytest.fixture(scope="module")
-def text(repository: Path) -> str:
-    return (repository / "docker-compose.yml").read_text()
+def text(compose: Compose) -> str:
+    """Without anchors, which the strict parser does not know."""
+    return yaml.dump(compose, Dumper=_WithoutAnchors)
+
+
+class _WithoutAnchors(yaml.SafeDumper):
+    def ignore_aliases(self, data: object) -> bool:
+        return True
 
 
 def test_a_strict_parser_of_the_format_accepts_it(text: str) -> None:
     services = PyCompose.from_yaml(text).to_spec().services or {}
-    assert set(services) == {"trainer", "prometheus", "alertmanager", "pager", "grafana"}
+    assert set(services) == {"trainer", "page", "prometheus", "alertmanager", "pager", "grafana"}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +43,9 @@ def test_a_strict_parser_of_the_format_accepts_it(text: str) -> None:
         ("condition: service_healthy", "condition: service_hale"),
         ("restart: unless-stopped", "restart: unless-stoped"),
         ("rules:ro", "rules:readonly"),
+        ("read_only: true", "readonly: true"),
+        ("mem_limit: 2g", "mem_limit: two"),
+        ("cap_drop:", "cap_drops:"),
     ],
 )
 def test_that_parser_refuses_a_mistake(text: str, right: str, wrong: str) -> None:
@@ -50,6 +64,46 @@ def test_every_port_is_published_on_loopback_only(compose: Compose) -> None:
 def test_no_service_escapes_its_network(compose: Compose) -> None:
     for service in compose["services"].values():
         assert {"network_mode", "privileged", "cap_add", "pid", "ipc"}.isdisjoint(service)
+
+
+def test_no_service_may_do_more_than_it_needs(repository: Path, compose: Compose) -> None:
+    built = (repository / "deploy/Dockerfile").read_text()
+    for name, service in compose["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        (user,) = re.findall(r"^USER (\d+)", built, re.MULTILINE) if "build" in service else (
+            service["user"].partition(":")[0],
+        )  # fmt: skip
+        assert int(user) > 0, name
+
+
+def test_no_service_can_fill_the_machine(compose: Compose) -> None:
+    """Memory, processes, and the disk with what it says."""
+    for name, service in compose["services"].items():
+        assert service["mem_limit"], name
+        assert service["pids_limit"], name
+        assert {"max-size", "max-file"} <= set(service["logging"]["options"]), name
+    kept = compose["services"]["prometheus"]["command"]
+    assert any(word.startswith("--storage.tsdb.retention.size=") for word in kept)
+
+
+def test_the_page_reads_what_the_trainer_records_and_cannot_change_it(compose: Compose) -> None:
+    trainer, page = compose["services"]["trainer"], compose["services"]["page"]
+    (recordings,) = trainer["volumes"]
+    assert page["volumes"] == [f"{recordings}:ro"]
+    assert recordings.partition(":")[2] in page["command"]
+    assert page["build"] == trainer["build"]
+    assert page["image"] == trainer["image"]
+
+
+def test_a_run_that_ends_has_the_time_to_be_scraped_once_more(
+    compose: Compose, repository: Path
+) -> None:
+    prometheus = yaml.safe_load((repository / "deploy/prometheus/prometheus.yml").read_text())
+    interval = int(prometheus["global"]["scrape_interval"].removesuffix("s"))
+    grace = int(compose["services"]["trainer"]["stop_grace_period"].removesuffix("s"))
+    assert PATIENCE * interval < grace
 
 
 def test_grafana_does_not_start_without_a_password_and_there_is_no_default(
@@ -134,3 +188,55 @@ def test_the_index_of_the_torch_build_is_one_argument_from_compose_to_pip(
     built = (repository / "deploy/Dockerfile").read_text()
     assert 'ARG TORCH_INDEX=""' in built
     assert '${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}' in built
+
+
+def test_hadolint_has_nothing_to_say_of_the_dockerfile(repository: Path) -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run(
+        [hadolint, repository / "deploy/Dockerfile"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "rule"),
+    [
+        (":3.11.13-slim-bookworm", ":latest", "DL3007"),
+        ("WORKDIR /src", "WORKDIR src", "DL3000"),
+        ("USER 10001", "USER root", "DL3002"),
+    ],
+)
+def test_hadolint_would_see_a_mistake(
+    repository: Path, tmp_path: Path, right: str, wrong: str, rule: str
+) -> None:
+    text = (repository / "deploy/Dockerfile").read_text()
+    assert right in text
+    (tmp_path / "Dockerfile").write_text(text.replace(right, wrong, 1))
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, tmp_path / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert rule in done.stdout
+
+
+YAMLLINT = """
+extends: default
+rules:
+  braces: {max-spaces-inside: 0}
+  document-start: disable
+  line-length: {max: 120}
+"""
+
+
+def test_yamllint_has_nothing_to_say_of_the_files_of_the_deployment(
+    repository: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "yamllint.yml").write_text(YAMLLINT)
+    written = sorted((repository / "deploy").rglob("*.yml")) + sorted(
+        path
+        for path in (repository / "deploy").rglob("*.yaml")
+        if not path.read_text().startswith("# Written by")
+    )
+    command = [sys.executable, "-m", "yamllint", "--strict", "-c", tmp_path / "yamllint.yml"]
+    files = [repository / "docker-compose.yml", *written]
+    done = subprocess.run([*command, *files], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
