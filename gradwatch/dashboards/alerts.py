@@ -67,6 +67,10 @@ class Alert:
     for_seconds: int = 0
     """0 for what happened at one moment, longer for a condition that may pass."""
 
+    event: str = ""
+    """The kind of anomaly whose alerts it tells of, where it is about one: a run may post it
+    itself."""
+
 
 def recordings() -> tuple[Recording, ...]:
     return (
@@ -133,6 +137,7 @@ def _exploding(thresholds: Thresholds) -> Alert:
     return Alert(
         name="GradwatchExplodingGradient",
         severity="critical",
+        event="exploding",
         expr=_happened("exploding", thresholds.event_seconds),
         summary="Gradients of run {{ $labels.run }} are exploding.",
         description=(
@@ -149,6 +154,7 @@ def _nonfinite(thresholds: Thresholds) -> Alert:
     return Alert(
         name="GradwatchNonFiniteGradient",
         severity="critical",
+        event="nonfinite",
         expr=_happened("nonfinite", thresholds.event_seconds),
         summary="Gradients of run {{ $labels.run }} hold NaN or Inf.",
         description=(

@@ -20,7 +20,7 @@ from gradwatch.dashboards.alerts import (
     recordings,
 )
 
-__all__ = ["RULES_FILE", "RUNBOOK_URL", "build_rules", "write_rules"]
+__all__ = ["RULES_FILE", "RUNBOOK_URL", "build_rules", "runbook_link", "write_rules"]
 
 RUNBOOK_URL = "https://github.com/gradwatch/gradwatch/blob/main/docs/runbook.md"
 """Where docs/runbook.md can be read; give your own address where you keep a copy."""
@@ -79,9 +79,14 @@ def _alert(alert: Alert, runbook_url: str) -> dict[str, Any]:
         "annotations": {
             "summary": alert.summary,
             "description": alert.description,
-            "runbook_url": f"{runbook_url}#{alert.name.lower()}",
+            "runbook_url": runbook_link(alert, runbook_url),
         },
     }
+
+
+def runbook_link(alert: Alert, runbook_url: str = RUNBOOK_URL) -> str:
+    """Where the runbook says what to do about an alert."""
+    return f"{runbook_url}#{alert.name.lower()}"
 
 
 class _Readable(yaml.SafeDumper):
