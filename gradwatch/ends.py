@@ -88,6 +88,7 @@ def end_well(pipeline: Pipeline, ends: Ends) -> None:
 
         pipeline.consumer.callbacks.append(post)
         pipeline.closers.append(managers.close)
+        pipeline.end_before_sigterm()
     if (gateway := ends.pushgateway) is not None:
         tally, job = pipeline.tally, ends.labels["job"]
         pipeline.closers.append(

@@ -22,6 +22,9 @@ __all__ = ["Alertmanagers"]
 PATH, READY = "/api/v2/alerts", "/-/ready"
 ANSWER_SECONDS = 2.0
 AGAIN_SECONDS = 60.0
+CHECK_SECONDS = 2.0
+"""Until it is asked whether it is there: a run that is short has other things to do."""
+
 RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 CLOSE_SECONDS = 3.0
 """For the last ones to go out when the run ends."""
@@ -93,7 +96,8 @@ class _Sender:
 
     def _run(self) -> None:
         pause: float | None = None
-        self._try(READY)  # whoever has a wrong address is to know before it is needed
+        if not self._woken.wait(CHECK_SECONDS):
+            self._try(READY)  # whoever has a wrong address is to know before it is needed
         while True:
             self._woken.wait(pause)
             self._woken.clear()

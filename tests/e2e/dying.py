@@ -20,8 +20,10 @@ import torch
 import gradwatch
 
 WARMUP = 120
-APART_SECONDS = 0.5
+APART_SECONDS = 0.6
 """So that each has the machine for itself while it dies."""
+
+STEP_SECONDS = 0.2
 
 
 def train(place: int, go: Path, spec: dict[str, Any]) -> None:
@@ -41,12 +43,12 @@ def train(place: int, go: Path, spec: dict[str, Any]) -> None:
         step()
     parent = os.getppid()
     while not go.exists():
-        time.sleep(0.05)
+        time.sleep(STEP_SECONDS)
         step()
         if os.getppid() != parent:
             os._exit(1)  # the test is gone
-    for _ in range(round(place * APART_SECONDS / 0.05)):
-        time.sleep(0.05)
+    for _ in range(round((1 + place) * APART_SECONDS / STEP_SECONDS)):
+        time.sleep(STEP_SECONDS)
         step()
     if spec["fault"] == "nonfinite":
         step(float("nan"))
