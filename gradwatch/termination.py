@@ -50,7 +50,11 @@ class _Guard:
         self._is_over = False
 
     def add(self, run: Ending) -> None:
-        if run not in self._runs and _is_main_thread() and (self._sockets is not None or self._install()):
+        if (
+            run not in self._runs
+            and _is_main_thread()
+            and (self._sockets is not None or self._install())
+        ):
             self._runs.append(run)
 
     def forget(self, run: Ending) -> None:
