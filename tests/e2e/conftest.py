@@ -179,6 +179,7 @@ def all_of_it(directory: Path) -> Iterator[Monitoring]:
             pushgateway: [
                 "prometheus-pushgateway",
                 f"--web.listen-address=127.0.0.1:{pushgateway}",
+                "--persistence.file=",  # Debian's default is a file of the machine
             ],
         }
         for command in commands.values():
