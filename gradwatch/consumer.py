@@ -9,6 +9,7 @@ times a second rather than at each step, since every wake takes the interpreter 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 import time
@@ -232,7 +233,12 @@ class Consumer:
         if records:
             self._early = None  # closed since, or overwritten
         if early is not None and records and _same(records[0], early):
-            records[0] = replace(records[0], anomalies=early.anomalies, culprit=early.culprit)
+            closed = self._completed(records[0])
+            records[0] = replace(
+                closed, anomalies=early.anomalies, culprit=early.culprit or closed.culprit,
+                samples=early.samples or closed.samples,
+                local_norm=closed.local_norm if math.isnan(early.local_norm) else early.local_norm,
+            )  # fmt: skip
             self._guarded("export", self._tally.amend, records[0])
             new = [self._handled(record) for record in records[1:]]
             records[1:] = new
@@ -306,18 +312,20 @@ class Consumer:
         return self._early is None and self._ring.open_step() == self.urgency.step
 
     def _handled(self, record: StepRecord) -> StepRecord:
+        record = self._diagnosed(self._completed(record))
+        if self.open_anomalies():
+            self.unhealthy = record.step
+        self._guarded("export", self._tally.add, record)
+        return record
+
+    def _completed(self, record: StepRecord) -> StepRecord:
+        """With what was found out about its step by now."""
         sampled, culprit = _of(record, self.samples), _of(record, self.culprits)
         if (local_norm := _of(record, self.local_norms)) is not None:
             record = replace(record, local_norm=local_norm)
         if sampled is not None and record.skipped is None:
             record = replace(record, samples=dict(zip(SAMPLES, sampled, strict=True)))
-        if culprit is not None:
-            record = replace(record, culprit=culprit)
-        record = self._diagnosed(record)
-        if self.open_anomalies():
-            self.unhealthy = record.step
-        self._guarded("export", self._tally.add, record)
-        return record
+        return record if culprit is None else replace(record, culprit=culprit)
 
     def _diagnosed(self, record: StepRecord) -> StepRecord:
         anomalies: tuple[Anomaly, ...] = ()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gradwatch.attaching import attach, run_name
+from gradwatch.ends import Ends
 from gradwatch.errors import GradwatchError
 from gradwatch.policy import Policy, load_policy
 from gradwatch.saying import say
@@ -43,7 +44,9 @@ class Attachment:
         """
         Raises:
             PolicyError: the policy is wrong.
+            AttachError: who is to hear of the end cannot be told.
         """
+        Ends.of(self.linger, self.pushgateway, self.alertmanager, self.alert_labels)
         self.loaded = load_policy(self.policy)
 
     def attach(self, model: Any, optimizers: list[Any], *, scaler: Any = None) -> tuple[Watch, ...]:

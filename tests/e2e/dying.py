@@ -20,7 +20,7 @@ import torch
 import gradwatch
 
 WARMUP = 120
-APART_SECONDS = 0.6
+APART_SECONDS = 0.4
 """So that each has the machine for itself while it dies."""
 
 STEP_SECONDS = 0.2

@@ -173,3 +173,15 @@ def test_the_last_scrape_of_a_dying_run_shows_the_event_and_ends_the_wait(traine
     assert 'gradwatch_events_total{run="r",rank="0",event="nonfinite",level="alert"} 1' in text
     trainer.wait(20)
     assert trainer.returncode in (-ending, 1, 130)
+
+
+def test_a_sigterm_that_comes_while_it_waits_does_not_cut_the_wait_short(trainer):
+    url = trainer.stdout.readline().strip()
+    time.sleep(0.5)
+    trainer.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    trainer.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        trainer.wait(3)
+    assert 'event="nonfinite",level="alert"} 1' in scrape(url)
+    trainer.wait(20)
