@@ -199,7 +199,7 @@ def _served(
     pipeline.consumer.callbacks.append(exporter.note)
     pipeline.closers.append(
         lambda: exporter.close(
-            linger_seconds=ends.linger,
+            linger_seconds=0.0 if pipeline.is_interrupted else ends.linger,
             only_for_news=pipeline.is_terminated,
             insists=ends.insists,
         )

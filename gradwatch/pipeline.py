@@ -79,6 +79,9 @@ class Pipeline:
         self.is_terminated = False
         """Whether SIGTERM is what ends the run."""
 
+        self.is_interrupted = False
+        """Whether somebody has pressed Ctrl-C while it ends: nothing is to be waited for."""
+
         self.consumer.start()
 
     @property
@@ -161,22 +164,21 @@ class Pipeline:
 
     def _end(self, state: str, seconds: float) -> None:
         self.recorder.close_record()
-        interrupted = None
-        try:
-            self.consumer.stop("stopped" if self.stopped else state, seconds)
-        except KeyboardInterrupt as error:
-            interrupted = error
+        self._guarded(self.consumer.stop, "stopped" if self.stopped else state, seconds)
         for closer in self.closers:
-            try:
-                closer()
-            except Exception:
-                self.report("export")
-            except KeyboardInterrupt as error:
-                interrupted = error
+            self._guarded(closer)
         if self.consumer.ended and self.consumer.unstored == 0 and self.ring.all_taken:
             self.ring.release()  # all of it is in the store
-        if interrupted is not None:
-            raise interrupted
+        if self.is_interrupted:
+            raise KeyboardInterrupt
+
+    def _guarded(self, end: Callable[..., None], *args: object) -> None:
+        try:
+            end(*args)
+        except Exception:
+            self.report("export")
+        except KeyboardInterrupt:
+            self.is_interrupted = True
 
 
 def state_after(error: BaseException | None) -> str:

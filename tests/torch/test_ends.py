@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,7 +138,7 @@ def trainer() -> Iterator[subprocess.Popen]:
     """Has seen a NaN, which nobody has scraped, and is told to wait a minute for that."""
     command = [sys.executable, "-c", LINGERING]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             yield process
@@ -152,23 +151,23 @@ def scrape(url: str) -> str:
         return answer.read().decode()
 
 
+def wait_until_it_waits(trainer: subprocess.Popen) -> None:
+    assert any("waits for one last scrape" in line for line in trainer.stderr)
+
+
 def test_ctrl_c_ends_the_training_and_a_second_one_the_wait(trainer):
-    url = trainer.stdout.readline().strip()
-    time.sleep(0.5)
+    assert trainer.stdout.readline()
     trainer.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        trainer.wait(4)
+    wait_until_it_waits(trainer)
     trainer.send_signal(signal.SIGINT)
-    trainer.wait(20)
-    assert url
+    trainer.wait(30)
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_the_last_scrape_of_a_dying_run_shows_the_event_and_ends_the_wait(trainer, ending):
     url = trainer.stdout.readline().strip()
-    time.sleep(0.5)
     trainer.send_signal(ending)
-    time.sleep(1.0)
+    wait_until_it_waits(trainer)
     text = scrape(url)
     assert 'gradwatch_events_total{run="r",rank="0",event="nonfinite",level="alert"} 1' in text
     trainer.wait(20)
@@ -177,11 +176,10 @@ def test_the_last_scrape_of_a_dying_run_shows_the_event_and_ends_the_wait(traine
 
 def test_a_sigterm_that_comes_while_it_waits_does_not_cut_the_wait_short(trainer):
     url = trainer.stdout.readline().strip()
-    time.sleep(0.5)
     trainer.send_signal(signal.SIGINT)
-    time.sleep(1.5)
+    wait_until_it_waits(trainer)
     trainer.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
-        trainer.wait(3)
+        trainer.wait(2)
     assert 'event="nonfinite",level="alert"} 1' in scrape(url)
     trainer.wait(20)
