@@ -9,19 +9,19 @@ import importlib.metadata
 import os
 import sys
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradwatch.contradictions import refuse_other_windows
+from gradwatch.ends import Ends, end_well
 from gradwatch.errors import AttachError
 from gradwatch.export.exporter import Exporter
+from gradwatch.pipeline import Pipeline
 from gradwatch.policy import Policy, PolicyFile, load_policy
 from gradwatch.watch import Watch
 
 __all__ = ["attach", "clip_grads_", "run_name"]
-
-LINGER_SECONDS = 20.0
 
 
 def attach(
@@ -34,7 +34,10 @@ def attach(
     port: int | None = 9464,
     recording: str | os.PathLike[str] | None = "gradwatch-runs",
     discovery: str | os.PathLike[str] | None = None,
-    linger: float = LINGER_SECONDS,
+    linger: float | None = None,
+    pushgateway: str | None = None,
+    alertmanager: str | Sequence[str] | None = None,
+    alert_labels: Mapping[str, str] | None = None,
     scaler: Any = None,
     distributed: bool | None = None,
     shard_keys: Mapping[str, Hashable] | None = None,
@@ -57,8 +60,14 @@ def attach(
         port: of the metrics; the next free one is taken where it is in use. None serves nothing.
         recording: the directory that recordings go to; None records nothing.
         discovery: a directory that Prometheus reads targets from (file_sd); None writes no file.
-        linger: how many seconds an ending run waits, at most, for one last scrape. It waits only
-            where it was scraped before.
+        linger: how many seconds an ending run waits, at most, for one last scrape; by default 20,
+            and only where it was scraped before. Where a number is given it waits for a scraper
+            that has never come as well, if there is an anomaly to be seen.
+        pushgateway: the address of a Pushgateway, where the run leaves a summary when it ends.
+        alertmanager: the address of an Alertmanager, or of several. The run posts an alert there by
+            itself at the moment of a finding that the rules have an alert for.
+        alert_labels: what Prometheus adds to the alerts of this run, so that its own and those
+            posted here are the same: `job` (by default gradwatch), and its external labels.
         scaler: the `torch.amp.GradScaler` of the loop. Without it the steps that it drops are seen
             with a fused optimizer only. That of an optimizer that Accelerate has prepared is known.
         distributed: False watches this process by itself; by default all processes of
@@ -69,8 +78,13 @@ def attach(
 
     Raises:
         PolicyError: the policy is wrong or does not fit the model.
-        AttachError: the model or the optimizer cannot be watched.
+        AttachError: the model or the optimizer cannot be watched, or an address is none.
+
+    What is left out of `linger`, `pushgateway`, `alertmanager` and `alert_labels` is taken from the
+    environment: `GRADWATCH_LINGER` and so on, several alertmanagers with commas between them,
+    labels as `job=gradwatch,cluster=a`.
     """
+    ends = Ends.of(linger, pushgateway, alertmanager, alert_labels)
     file = PolicyFile(policy) if isinstance(policy, (str, os.PathLike)) else None
     loaded = load_policy(policy) if file is None else file.policy
     _refuse_windows_of_accelerate(loaded, optimizer)
@@ -90,8 +104,9 @@ def attach(
     )
     if file is not None and watch.follows_its_policy:
         watch.pipeline.follow(file)
+    end_well(watch.pipeline, ends)
     if port is not None:
-        _serve(watch, host, port, discovery, linger)
+        watch.url = _served(watch.pipeline, host, port, discovery, ends)
     return watch
 
 
@@ -170,15 +185,14 @@ def _refuse_windows_of_accelerate(policy: Policy, optimizer: Any) -> None:
         refuse_other_windows(policy, setting, num_steps)
 
 
-def _serve(
-    watch: Watch,
+def _served(
+    pipeline: Pipeline,
     host: str | None,
     port: int,
     discovery: str | os.PathLike[str] | None,
-    linger: float,
-) -> None:
-    """Serves the metrics; a failure is counted, and the run is watched all the same."""
-    pipeline = watch.pipeline
+    ends: Ends,
+) -> str | None:
+    """Serves the metrics and says where; a failure is counted and costs the run nothing else."""
     if host is None:
         host = os.environ.get("GRADWATCH_HOST") or "127.0.0.1"
     if discovery is None:
@@ -192,6 +206,15 @@ def _serve(
         )
     except Exception:
         pipeline.report("export")
-        return
-    pipeline.closers.append(lambda: exporter.close(linger_seconds=linger))
-    watch.url = exporter.url
+        return None
+    pipeline.consumer.callbacks.append(exporter.note)
+    pipeline.closers.append(
+        lambda: exporter.close(
+            linger_seconds=0.0 if pipeline.is_interrupted else ends.linger,
+            only_for_news=pipeline.is_terminated,
+            insists=ends.insists,
+        )
+    )
+    if ends.linger:
+        pipeline.end_before_sigterm()
+    return exporter.url

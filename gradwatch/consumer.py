@@ -9,6 +9,7 @@ times a second rather than at each step, since every wake takes the interpreter 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ from gradwatch.rules.detect_silence import Silence
 from gradwatch.rules.detection import Detection
 from gradwatch.saying import say
 from gradwatch.tally import Tally
+from gradwatch.urgency import Urgency
 
 __all__ = ["Consumer", "Reporter"]
 
@@ -38,6 +40,11 @@ Found = TypeVar("Found")
 WAKE_SECONDS = 0.1
 OPEN_SECONDS = 1.0
 """After which a record is looked at that the next step has not closed."""
+
+URGENT_SECONDS = 0.02
+"""... or after this time at most where it is urgent: what is logged behind a step comes at once."""
+
+URGENT_WAKE_SECONDS = 0.002
 
 KEPT = 256
 """Finished records that stay at hand for `watch.history`."""
@@ -135,6 +142,7 @@ class Consumer:
         """The open record, handled before its time."""
 
         self._open_since = (-1, 0.0)
+        self.urgency = Urgency(self.wake)
         self._handling = threading.RLock()  # a callback may save the state
         self._idle = threading.Condition()
         self._rounds = 0
@@ -201,7 +209,7 @@ class Consumer:
             if stopping:
                 self._guarded("recording", self._end)
                 return
-            self._wakeup.wait(WAKE_SECONDS)
+            self._wakeup.wait(URGENT_WAKE_SECONDS if self._is_urgent() else WAKE_SECONDS)
             self._wakeup.clear()
 
     def _end(self) -> None:
@@ -225,7 +233,12 @@ class Consumer:
         if records:
             self._early = None  # closed since, or overwritten
         if early is not None and records and _same(records[0], early):
-            records[0] = replace(records[0], anomalies=early.anomalies, culprit=early.culprit)
+            closed = self._completed(records[0])
+            records[0] = replace(
+                closed, anomalies=early.anomalies, culprit=early.culprit or closed.culprit,
+                samples=early.samples or closed.samples,
+                local_norm=closed.local_norm if math.isnan(early.local_norm) else early.local_norm,
+            )  # fmt: skip
             self._guarded("export", self._tally.amend, records[0])
             new = [self._handled(record) for record in records[1:]]
             records[1:] = new
@@ -241,7 +254,9 @@ class Consumer:
             self._finished.append(self._early)
             new = [self._early]
         self._guarded("recording", self._write_cards, past, new)
-        self._guarded("export", self._tally.set_active, self.open_anomalies())
+        active = self.open_anomalies()
+        self.urgency.learn(new, is_calm=not active)
+        self._guarded("export", self._tally.set_active, active)
         dropped = self._ring.dropped + self.unstored
         self._guarded("export", self._tally.set_records_dropped, dropped)
         for record in new:
@@ -281,24 +296,36 @@ class Consumer:
             return None
         if self._open_since[0] != step:
             self._open_since = (step, now)
-        if now - self._open_since[1] < OPEN_SECONDS:
+        age = now - self._open_since[1]
+        if age < OPEN_SECONDS and not self._is_urgent():
             return None
         newest = self._ring.peek(1)
-        return newest[0] if newest and newest[0].step == step else None
+        if not newest or newest[0].step != step:
+            return None
+        is_whole = (
+            not self._finished or newest[0].scalars.keys() >= self._finished[-1].scalars.keys()
+        )
+        return newest[0] if is_whole or age >= URGENT_SECONDS else None
+
+    def _is_urgent(self) -> bool:
+        """Whether the open record is to be looked at, and was not yet."""
+        return self._early is None and self._ring.open_step() == self.urgency.step
 
     def _handled(self, record: StepRecord) -> StepRecord:
+        record = self._diagnosed(self._completed(record))
+        if self.open_anomalies():
+            self.unhealthy = record.step
+        self._guarded("export", self._tally.add, record)
+        return record
+
+    def _completed(self, record: StepRecord) -> StepRecord:
+        """With what was found out about its step by now."""
         sampled, culprit = _of(record, self.samples), _of(record, self.culprits)
         if (local_norm := _of(record, self.local_norms)) is not None:
             record = replace(record, local_norm=local_norm)
         if sampled is not None and record.skipped is None:
             record = replace(record, samples=dict(zip(SAMPLES, sampled, strict=True)))
-        if culprit is not None:
-            record = replace(record, culprit=culprit)
-        record = self._diagnosed(record)
-        if self.open_anomalies():
-            self.unhealthy = record.step
-        self._guarded("export", self._tally.add, record)
-        return record
+        return record if culprit is None else replace(record, culprit=culprit)
 
     def _diagnosed(self, record: StepRecord) -> StepRecord:
         anomalies: tuple[Anomaly, ...] = ()

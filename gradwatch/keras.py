@@ -7,7 +7,7 @@ that does. Keras 3 on TensorFlow, and on torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 try:
@@ -17,7 +17,6 @@ except ImportError as error:
         "gradwatch.keras needs Keras 3: pip install 'gradwatch[tensorflow]'"
     ) from error
 
-from gradwatch.attaching import LINGER_SECONDS
 from gradwatch.policy import Policy
 from gradwatch.trainers import Attachment, end, load_state, saved_state
 from gradwatch.watch import Watch
@@ -41,7 +40,10 @@ class GradWatch(keras.callbacks.Callback):  # type: ignore[misc]  # the package 
         port: int | None = 9464,
         recording: str | os.PathLike[str] | None = "gradwatch-runs",
         discovery: str | os.PathLike[str] | None = None,
-        linger: float = LINGER_SECONDS,
+        linger: float | None = None,
+        pushgateway: str | None = None,
+        alertmanager: str | Sequence[str] | None = None,
+        alert_labels: Mapping[str, str] | None = None,
     ) -> None:
         """The arguments of `gradwatch.attach`; Keras knows the model and its optimizer.
 
@@ -52,7 +54,8 @@ class GradWatch(keras.callbacks.Callback):  # type: ignore[misc]  # the package 
         super().__init__()
         self._attachment = Attachment(
             policy=policy, run=run, host=host, port=port, recording=recording,
-            discovery=discovery, linger=linger,
+            discovery=discovery, linger=linger, pushgateway=pushgateway,
+            alertmanager=alertmanager, alert_labels=alert_labels,
         )  # fmt: skip
         self.watch: Watch | None = None
         """That of the last `fit`; None before."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 try:
@@ -20,7 +20,6 @@ except ImportError as error:
         "gradwatch.lightning needs Lightning: pip install 'gradwatch[lightning]'"
     ) from error
 
-from gradwatch.attaching import LINGER_SECONDS
 from gradwatch.contradictions import (
     clips,
     refuse_other_windows,
@@ -47,7 +46,10 @@ class GradWatch(Callback):  # type: ignore[misc]  # the package is not followed
         port: int | None = 9464,
         recording: str | os.PathLike[str] | None = "gradwatch-runs",
         discovery: str | os.PathLike[str] | None = None,
-        linger: float = LINGER_SECONDS,
+        linger: float | None = None,
+        pushgateway: str | None = None,
+        alertmanager: str | Sequence[str] | None = None,
+        alert_labels: Mapping[str, str] | None = None,
         scaler: Any = None,
         distributed: bool | None = None,
         shard_keys: Mapping[str, Hashable] | None = None,
@@ -60,7 +62,8 @@ class GradWatch(Callback):  # type: ignore[misc]  # the package is not followed
         """
         self._attachment = Attachment(
             policy=policy, run=run, host=host, port=port, recording=recording,
-            discovery=discovery, linger=linger, scaler=scaler,
+            discovery=discovery, linger=linger, pushgateway=pushgateway,
+            alertmanager=alertmanager, alert_labels=alert_labels, scaler=scaler,
             distributed=distributed, shard_keys=shard_keys,
         )  # fmt: skip
         self.watches: tuple[Watch, ...] = ()

@@ -5,8 +5,10 @@ Recorder -> Ring -> Consumer -> Detection, Tally, Store
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +24,13 @@ from gradwatch.records import RunInfo
 from gradwatch.reloading import Reloading
 from gradwatch.rules.detection import KINDS, Detection
 from gradwatch.tally import Tally
+from gradwatch.termination import end_before_sigterm, forget
 
 __all__ = ["Pipeline", "close_at_exit", "state_after"]
 
 FLUSH_SECONDS = 10.0
+TERMINATION_SECONDS = 2.0
+"""For the records that are left where the process is being killed."""
 
 
 class Pipeline:
@@ -60,7 +65,9 @@ class Pipeline:
             store=store,
             report=self.report,
         )
-        self.recorder = Recorder(self.ring, self.consumer.wake, self.path)
+        self.recorder = Recorder(
+            self.ring, self.consumer.wake, self.path, self.consumer.urgency.see
+        )
         self.consumer.samples = self.recorder.samples
         self.consumer.local_norms = self.recorder.local_norms
         self.consumer.culprits = self.recorder.culprits
@@ -68,6 +75,13 @@ class Pipeline:
         self.consumer.loss_before = lambda: self.recorder.loss_before
         self.reloading: Reloading | None = None
         self._closed = False
+        self._ended = threading.Event()
+        self.is_terminated = False
+        """Whether SIGTERM is what ends the run."""
+
+        self.is_interrupted = False
+        """Whether somebody has pressed Ctrl-C while it ends: nothing is to be waited for."""
+
         self.consumer.start()
 
     @property
@@ -108,29 +122,63 @@ class Pipeline:
         self.recorder.close_record()
         return self.consumer.flush(timeout)
 
+    def end_before_sigterm(self) -> None:
+        """Has the run end in order where SIGTERM would end the process."""
+        end_before_sigterm(self)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether `close` is under way."""
+        return self._closed and not self.is_terminated and not self._ended.is_set()
+
     def close(self, state: str) -> None:
         """Handles what is left and ends everything.
 
         A second call does nothing, nor does one in a forked child: all of this is its parent's.
+
+        Raises:
+            KeyboardInterrupt: in a wait, which that has ended; everything is closed all the same.
         """
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
-        state = "stopped" if self.stopped else state
-        if hand_over := self.before_close():
-            try:
-                hand_over(wait=True)
-            except Exception:
-                self.report("readback")
+        try:
+            if hand_over := self.before_close():
+                try:
+                    hand_over(wait=True)
+                except Exception:
+                    self.report("readback")
+            self._end(state, FLUSH_SECONDS)
+        finally:
+            self._ended.set()
+            forget(self)
+
+    def terminate(self) -> None:
+        """`close` on another thread, while the one that trains is held anywhere or hangs: what is
+        on an accelerator still is left there."""
+        if self._closed:
+            self._ended.wait()
+        elif os.getpid() == self._pid:
+            self._closed = self.is_terminated = True
+            self._end("crashed", TERMINATION_SECONDS)
+
+    def _end(self, state: str, seconds: float) -> None:
         self.recorder.close_record()
-        self.consumer.stop(state, FLUSH_SECONDS)
+        self._guarded(self.consumer.stop, "stopped" if self.stopped else state, seconds)
         for closer in self.closers:
-            try:
-                closer()
-            except Exception:
-                self.report("export")
+            self._guarded(closer)
         if self.consumer.ended and self.consumer.unstored == 0 and self.ring.all_taken:
             self.ring.release()  # all of it is in the store
+        if self.is_interrupted:
+            raise KeyboardInterrupt
+
+    def _guarded(self, end: Callable[..., None], *args: object) -> None:
+        try:
+            end(*args)
+        except Exception:
+            self.report("export")
+        except KeyboardInterrupt:
+            self.is_interrupted = True
 
 
 def state_after(error: BaseException | None) -> str:
@@ -143,4 +191,5 @@ def state_after(error: BaseException | None) -> str:
 def close_at_exit(pipeline: Pipeline) -> None:
     """The interpreter keeps the exception that ended a script in `sys.last_value`."""
     error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-    pipeline.close(state_after(error))
+    with contextlib.suppress(KeyboardInterrupt):  # which has ended a wait, and all there is to end
+        pipeline.close(state_after(error))

@@ -23,10 +23,17 @@ __all__ = ["Recorder"]
 class Recorder:
     """Puts scalars with the step they belong to, and wakes the consumer when the ring fills."""
 
-    def __init__(self, ring: Ring, wake: Callable[[], None], recording: Path | None = None) -> None:
+    def __init__(
+        self,
+        ring: Ring,
+        wake: Callable[[], None],
+        recording: Path | None = None,
+        began: Callable[[int, float], None] = lambda step, total_norm: None,
+    ) -> None:
         """
         Args:
             recording: where cards go; None keeps none.
+            began: told of each record, by step and total norm.
         """
         self.ring = ring
         self._recording = recording
@@ -46,6 +53,7 @@ class Recorder:
         """Of this process alone, by step, until the consumer takes them."""
 
         self._wake = wake
+        self._began = began
         self._wake_every = max(1, ring.slots // 4)
         self._rows = 0
         self._newest = -1
@@ -115,6 +123,7 @@ class Recorder:
             return
         self.ring.append(row, self._pending.pop(row.step, {}))
         self._newest = row.step
+        self._began(row.step, row.total_norm)
         self._rows += 1
         if self._rows % self._wake_every == 0:
             self._wake()

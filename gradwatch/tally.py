@@ -103,6 +103,9 @@ class Tally:
         self, info: RunInfo, *, kinds: Sequence[str], clock: Callable[[], float] = time.time
     ) -> None:
         self.info = info
+        self.largest_norm = math.nan
+        """Of all finite total norms so far; NaN before the first."""
+
         self._clock = clock
         self._lock = threading.Lock()
         self._state = "running"
@@ -165,6 +168,12 @@ class Tally:
         with self._lock:
             self._state = state
             self._labelled["run_state"] = {(name,): int(name == state) for name in STATES}
+
+    def last_events(self) -> dict[str, float]:
+        """Unix time of the last step of an ALERT episode, by kind; 0 where there was none."""
+        with self._lock:
+            times = self._labelled["last_event_timestamp_seconds"]
+            return {kind: time for (kind,), time in times.items()}
 
     def set_records_dropped(self, count: int) -> None:
         """Steps so far that the recorder could not keep up with."""
@@ -269,6 +278,7 @@ class Tally:
             exemplar = Exemplar(record.step, norm, float(record.time))
             self._buckets["total_norm_distribution"].add(norm, exemplar)
             self._widen_window(norm, int(record.time))
+            self.largest_norm = max(norm, self.largest_norm)
         if math.isfinite(duration):
             self._buckets["step_duration_seconds"].add(duration)
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradwatch.attaching import LINGER_SECONDS, attach, run_name
+from gradwatch.attaching import attach, run_name
+from gradwatch.ends import Ends
 from gradwatch.errors import GradwatchError
 from gradwatch.policy import Policy, load_policy
 from gradwatch.saying import say
@@ -30,7 +31,10 @@ class Attachment:
     port: int | None = 9464
     recording: str | os.PathLike[str] | None = "gradwatch-runs"
     discovery: str | os.PathLike[str] | None = None
-    linger: float = LINGER_SECONDS
+    linger: float | None = None
+    pushgateway: str | None = None
+    alertmanager: str | Sequence[str] | None = None
+    alert_labels: Mapping[str, str] | None = None
     scaler: Any = None
     distributed: bool | None = None
     shard_keys: Mapping[str, Hashable] | None = None
@@ -40,7 +44,9 @@ class Attachment:
         """
         Raises:
             PolicyError: the policy is wrong.
+            AttachError: who is to hear of the end cannot be told.
         """
+        Ends.of(self.linger, self.pushgateway, self.alertmanager, self.alert_labels)
         self.loaded = load_policy(self.policy)
 
     def attach(self, model: Any, optimizers: list[Any], *, scaler: Any = None) -> tuple[Watch, ...]:
@@ -68,6 +74,9 @@ class Attachment:
                         recording=self.recording,
                         discovery=self.discovery,
                         linger=self.linger,
+                        pushgateway=self.pushgateway,
+                        alertmanager=self.alertmanager,
+                        alert_labels=self.alert_labels,
                         scaler=scaler if self.scaler is None else self.scaler,
                         distributed=self.distributed,
                         shard_keys=self.shard_keys,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ except ImportError as error:
         "pip install 'gradwatch[torch,transformers]'"
     ) from error
 
-from gradwatch.attaching import LINGER_SECONDS
 from gradwatch.contradictions import (
     refuse_other_windows,
     refuse_second_clipper,
@@ -51,7 +50,10 @@ class GradWatch(TrainerCallback):  # type: ignore[misc]  # the package is not fo
         port: int | None = 9464,
         recording: str | os.PathLike[str] | None = "gradwatch-runs",
         discovery: str | os.PathLike[str] | None = None,
-        linger: float = LINGER_SECONDS,
+        linger: float | None = None,
+        pushgateway: str | None = None,
+        alertmanager: str | Sequence[str] | None = None,
+        alert_labels: Mapping[str, str] | None = None,
         scaler: Any = None,
         distributed: bool | None = None,
         shard_keys: Mapping[str, Hashable] | None = None,
@@ -64,7 +66,8 @@ class GradWatch(TrainerCallback):  # type: ignore[misc]  # the package is not fo
         """
         self._attachment = Attachment(
             policy=policy, run=run, host=host, port=port, recording=recording,
-            discovery=discovery, linger=linger, scaler=scaler,
+            discovery=discovery, linger=linger, pushgateway=pushgateway,
+            alertmanager=alertmanager, alert_labels=alert_labels, scaler=scaler,
             distributed=distributed, shard_keys=shard_keys,
         )  # fmt: skip
         self.watch: Watch | None = None

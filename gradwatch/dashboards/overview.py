@@ -40,6 +40,7 @@ def overview_dashboard(runbook_url: str) -> Json:
         [
             Row(title="Now", lines=[_figures(), line(10, _runs())]),
             Row(title="Since when", lines=[line(8, _episodes()), _norms(), _pace()]),
+            Row(title="Runs that have ended", lines=[line(9, _ended())]),
         ],
         choose=("job", "run"),
         runbook_url=runbook_url,
@@ -146,6 +147,44 @@ def _episodes() -> Json:
             "{{run}} {{alertname}}",
         ),
         mappings=mapping(_0=("quiet", "transparent"), _1=("open", "red")),
+    )
+
+
+def _ended() -> Json:
+    state = " + ".join(
+        f'{value} * max by (run) (gradwatch_end_state{{state="{name}"}})'
+        for value, name in ((2, "finished"), (3, "stopped"), (4, "crashed"))
+    )
+    alerts = 'gradwatch_end_events{level="alert"}'
+    shown = {
+        "Value #A": ("Ended as", state),
+        "Value #B": ("At", "1000 * max by (run) (gradwatch_end_timestamp_seconds)"),
+        "Value #C": ("Steps", "max by (run) (gradwatch_end_steps)"),
+        "Value #D": ("Alerts", f"max by (run) (sum by (run, rank) ({alerts}))"),
+        "Value #E": (
+            "Skipped",
+            "max by (run) (sum by (run, rank) (gradwatch_end_skipped_steps))",
+        ),
+        "Value #F": (
+            "Clipped by the busiest rule",
+            "max by (run) (max by (run, rule) (gradwatch_end_clipped_steps))",
+        ),
+        "Value #G": ("Largest norm", "max by (run) (gradwatch_end_total_norm_max)"),
+        "Value #H": ("Last norm", "max by (run) (gradwatch_end_total_norm)"),
+        "Value #I": ("Last loss", "max by (run) (gradwatch_end_loss)"),
+    }
+    return table(
+        "Ended runs, as they told a Pushgateway",
+        "What a run with attach(..., pushgateway=...) left when it ended; empty without one. It "
+        "stays until `gradwatch forget` deletes it: read it the morning after.",
+        *(target(query, now=True, form="table") for _, query in shown.values()),
+        unit="none",
+        columns={"run": "Run", **{field: heading for field, (heading, _) in shown.items()}},
+        sort_by="At",
+        overrides=(
+            styled("Ended as", mappings=STATES),
+            styled("At", unit="dateTimeAsIso"),
+        ),
     )
 
 

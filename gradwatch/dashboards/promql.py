@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from gradwatch.export.metrics import AGENT_METRICS, METRICS, PREFIX, MetricSpec
+from gradwatch.export.metrics import AGENT_METRICS, END_METRICS, METRICS, PREFIX, MetricSpec
 
 __all__ = ["metric_of", "selecting"]
 
@@ -35,8 +35,9 @@ def metric_of(series: str) -> MetricSpec:
     whole = _HISTOGRAM_PART.sub("", name)
     if whole != name and whole in METRICS and METRICS[whole].type == "histogram":
         return METRICS[whole]
-    if name in AGENT_METRICS:
-        return AGENT_METRICS[name]
+    for others in (AGENT_METRICS, END_METRICS):
+        if name in others:
+            return others[name]
     if name in METRICS and METRICS[name].type != "histogram":
         return METRICS[name]
     raise KeyError(

@@ -20,6 +20,7 @@ __all__ = [
     "build_rules",
     "prometheus_rule",
     "rule_groups",
+    "runbook_link",
     "write_rules",
 ]
 
@@ -129,7 +130,7 @@ def _recording(rule: Recording) -> dict[str, str]:
 
 def _alert(alert: Alert, runbook_url: str, grafana_url: str | None) -> dict[str, Any]:
     hold = {"for": duration(alert.for_seconds)} if alert.for_seconds else {}
-    links = {"runbook_url": f"{runbook_url}#{alert.name.lower()}"}
+    links = {"runbook_url": runbook_link(alert, runbook_url)}
     if grafana_url is not None:
         board = f"{grafana_url.rstrip('/')}/d/{alert.dashboard}"
         links["dashboard_url"] = board + "?var-run={{ $labels.run | urlquery }}"
@@ -144,6 +145,11 @@ def _alert(alert: Alert, runbook_url: str, grafana_url: str | None) -> dict[str,
 
 def _yaml(document: Mapping[str, Any]) -> str:
     return yaml.dump(document, Dumper=_Readable, sort_keys=False, width=96)
+
+
+def runbook_link(alert: Alert, runbook_url: str = RUNBOOK_URL) -> str:
+    """Where the runbook says what to do about an alert."""
+    return f"{runbook_url}#{alert.name.lower()}"
 
 
 class _Readable(yaml.SafeDumper):

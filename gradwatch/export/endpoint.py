@@ -87,18 +87,23 @@ class Endpoint:
         """Of the metrics, or None."""
         return None if self.authority is None else f"http://{self.authority}/metrics"
 
-    def close(self, linger_seconds: float = 0.0) -> None:
+    def scraped_since(self, moment: float) -> bool:
+        """Whether a scrape that began after this moment (monotonic) was answered to its end."""
+        return self._scrapes.came_since(moment)
+
+    def close(self, linger_seconds: float = 0.0, *, even_for_the_first: bool = False) -> None:
         """Ends it; a second call, and one in a forked child, does nothing.
 
         Args:
             linger_seconds: how long to wait, at most, for one more scrape. Where nobody scraped
                 there is no waiting, and 2.5 scrape intervals are enough. Ctrl-C ends the wait.
+            even_for_the_first: wait where nobody scraped, too.
         """
         server, self._server = self._server, None
         if server is None or os.getpid() != self._pid:
             return
         try:
-            self._scrapes.wait_for_one_more(linger_seconds)
+            self._scrapes.wait_for_one_more(linger_seconds, even_for_the_first=even_for_the_first)
         finally:
             server.stop()
 

@@ -14,6 +14,7 @@ from gradwatch.export.discovery import Discovery, scheduler_labels
 from gradwatch.export.endpoint import Endpoint
 from gradwatch.export.renderer import OPENMETRICS, TEXT, Renderer
 from gradwatch.export.series import MOST_LAYERS
+from gradwatch.records import Anomaly
 from gradwatch.tally import Tally
 
 __all__ = ["Exporter", "content_type"]
@@ -45,6 +46,7 @@ class Exporter:
             max_layers: how many layers have series of their own.
         """
         self._tally = tally
+        self._news = float("-inf")
         self._renderer = Renderer(
             tally.info, max_layers=max_layers, pause=lambda: time.sleep(PAUSE_SECONDS)
         )
@@ -67,13 +69,26 @@ class Exporter:
     def url(self) -> str | None:
         return self._endpoint.url
 
-    def close(self, *, linger_seconds: float = 0.0) -> None:
+    def note(self, anomaly: Anomaly) -> None:
+        """There is news in the metrics, which a scrape from now on will show."""
+        self._news = time.monotonic()
+
+    def close(
+        self, *, linger_seconds: float = 0.0, only_for_news: bool = False, insists: bool = False
+    ) -> None:
         """Stops serving, after one last scrape where there is a scraper to wait for.
 
         Does nothing in a forked child, or a second time.
+
+        Args:
+            only_for_news: do not wait where every anomaly was scraped.
+            insists: where one was not, wait for a scraper that has never come, too.
         """
+        is_news = self._news > float("-inf") and not self._endpoint.scraped_since(self._news)
+        if only_for_news and not is_news:
+            linger_seconds = 0.0
         try:
-            self._endpoint.close(linger_seconds)
+            self._endpoint.close(linger_seconds, even_for_the_first=insists and is_news)
         finally:
             if self._discovery is not None:
                 self._discovery.close()

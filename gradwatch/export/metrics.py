@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["AGENT_METRICS", "METRICS", "PREFIX", "MetricSpec"]
+__all__ = ["AGENT_METRICS", "END_METRICS", "METRICS", "PREFIX", "MetricSpec"]
 
 PREFIX = "gradwatch_"
 Type = Literal["counter", "gauge", "histogram", "info"]
@@ -184,3 +184,46 @@ _AGENT_SPECS = (
 
 AGENT_METRICS: dict[str, MetricSpec] = {spec.name: spec for spec in _AGENT_SPECS}
 """What a node agent (`gradwatch serve`) says of itself, without `run` and `rank`."""
+
+PUSHED = "a Pushgateway, and a run that has ended"
+
+_END_SPECS = (
+    MetricSpec(
+        "end_state", "gauge", "1 for the state that the run ended in.", ("state",), needs=PUSHED
+    ),
+    MetricSpec(
+        "end_timestamp_seconds",
+        "gauge",
+        "Unix time at which the run ended.",
+        (),
+        "dateTimeAsIso",
+        needs=PUSHED,
+    ),
+    MetricSpec(
+        "end_steps", "gauge", "Optimizer steps of the run, skipped ones included.", needs=PUSHED
+    ),
+    MetricSpec(
+        "end_skipped_steps",
+        "gauge",
+        "Steps of the run that were dropped.",
+        ("reason",),
+        needs=PUSHED,
+    ),
+    MetricSpec(
+        "end_clipped_steps", "gauge", "Steps in which a rule clipped.", ("rule",), needs=PUSHED
+    ),
+    MetricSpec("end_events", "gauge", "Anomalies of the run.", ("event", "level"), needs=PUSHED),
+    MetricSpec("end_total_norm", "gauge", "Pre-clip total_norm of the last step.", needs=PUSHED),
+    MetricSpec(
+        "end_total_norm_max",
+        "gauge",
+        "Largest finite pre-clip total_norm of the run.",
+        needs=PUSHED,
+    ),
+    MetricSpec("end_loss", "gauge", "Last loss given to watch.log.", needs=PUSHED),
+)
+
+END_METRICS: dict[str, MetricSpec] = {spec.name: spec for spec in _END_SPECS}
+"""What a run that has ended leaves at a Pushgateway, beside `last_event_timestamp_seconds`. Gauges
+under names of their own: what was pushed stays, and would be a run that stands still for the rules
+that ask how runs are."""

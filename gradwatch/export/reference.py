@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from gradwatch.export.metrics import AGENT_METRICS, METRICS, MetricSpec
+from gradwatch.export.metrics import AGENT_METRICS, END_METRICS, METRICS, MetricSpec
 
 __all__ = ["reference_text"]
 
@@ -32,11 +32,22 @@ exemplar. NaN is an event too: no comparison finds a gauge that is NaN.
 | --- | --- | --- | --- | --- |
 """
 
+_ENDED = """\
+With `attach(..., pushgateway=...)`, beside `gradwatch_last_event_timestamp_seconds`; see
+[ends.md](ends.md). They have names of their own, so that no rule takes a run that has ended for one
+that stands still.
+
+"""
+
 
 def reference_text() -> str:
     """The whole page."""
-    agent = "\n## Of a node agent about itself\n\n" + "\n".join(_HEAD.splitlines()[-2:]) + "\n"
-    return _HEAD + "".join(_rows(METRICS.values())) + agent + "".join(_rows(AGENT_METRICS.values()))
+    table = "\n".join(_HEAD.splitlines()[-2:]) + "\n"
+    parts = [_HEAD, *_rows(METRICS.values())]
+    parts += ["\n## Of a node agent about itself\n\n", table, *_rows(AGENT_METRICS.values())]
+    parts += ["\n## Of a run that has ended, at a Pushgateway\n\n", _ENDED, table]
+    parts += _rows(END_METRICS.values())
+    return "".join(parts)
 
 
 def _rows(specs: Iterable[MetricSpec]) -> Iterator[str]:

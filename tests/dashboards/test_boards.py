@@ -117,7 +117,7 @@ def test_every_description_is_two_sentences_what_it_is_and_what_to_do(panels: li
 def test_every_ref_id_counts_from_a(panels: list[Panel]) -> None:
     for panel in panels:
         refs = [target["refId"] for target in panel["targets"]]
-        assert refs == list("ABCDEFGH")[: len(refs)]
+        assert refs == list("ABCDEFGHI")[: len(refs)]
         assert refs, panel["title"]
 
 

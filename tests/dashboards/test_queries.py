@@ -12,7 +12,7 @@ import pytest
 
 from gradwatch.dashboards import build_dashboards
 from gradwatch.dashboards.promql import metric_of, selecting
-from gradwatch.export.metrics import AGENT_METRICS, METRICS, MetricSpec
+from gradwatch.export.metrics import AGENT_METRICS, END_METRICS, METRICS, MetricSpec
 
 FROM_PROMETHEUS = {"job", "instance", "run", "rank"}
 OF_TARGETS = {"job", "instance"}
@@ -78,7 +78,7 @@ def test_every_selector_carries_the_chosen_job_and_run(queries: dict[str, str]) 
 def test_every_metric_of_the_table_is_shown_on_some_dashboard() -> None:
     text = " ".join(build_dashboards().values())
     shown = {metric_of(name).name for name in re.findall(r"\bgradwatch_\w+(?=\{)", text)}
-    assert shown == set(METRICS) | set(AGENT_METRICS)
+    assert shown == set(METRICS) | set(AGENT_METRICS) | set(END_METRICS)
 
 
 def test_counters_are_never_shown_as_they_stand(queries: dict[str, str]) -> None:
@@ -117,7 +117,7 @@ def _series_of(spec: MetricSpec, rank: int) -> Iterator[str]:
 def _a_run_of_two_ranks() -> list[dict[str, str]]:
     series = [
         one
-        for spec in METRICS.values()
+        for spec in (*METRICS.values(), *END_METRICS.values())
         for rank in ((0,) if "layer" in spec.labels else (0, 1))
         for one in _series_of(spec, rank)
     ]

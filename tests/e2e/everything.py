@@ -1,9 +1,10 @@
 """Runs that have what the demo has not, so that every panel has something to show.
 
-    everything.py WAY TARGETS RECORDINGS     until it is terminated
+    everything.py WAY TARGETS RECORDINGS PUSHGATEWAY     until it is terminated
 
-WAY is `ranks` (two under DistributedDataParallel, scraped by their own ports) or `accumulating`
-(four micro-batches a step and a loss scaler, followed by a node agent).
+WAY is `ranks` (two under DistributedDataParallel, scraped by their own ports), `accumulating`
+(four micro-batches a step and a loss scaler, followed by a node agent) or `ending` (a few steps,
+whose summary goes to the Pushgateway).
 """
 
 from __future__ import annotations
@@ -54,14 +55,13 @@ def one_rank(rank: int, port: int, targets: str) -> None:
             optimizer.zero_grad()
 
 
-def ranks(targets: str, recordings: str) -> None:
+def ranks(targets: str, recordings: str, pushgateway: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    other = os.fork()
-    one_rank(0 if other else 1, port, targets)
+    one_rank(0 if os.fork() else 1, port, targets)
 
 
-def accumulating(targets: str, recordings: str) -> None:
+def accumulating(targets: str, recordings: str, pushgateway: str) -> None:
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -80,5 +80,20 @@ def accumulating(targets: str, recordings: str) -> None:
                 optimizer.zero_grad()
 
 
+def ending(targets: str, recordings: str, pushgateway: str) -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with gradwatch.attach(
+        model, optimizer, POLICY, run="ending", port=None, recording=None, pushgateway=pushgateway
+    ) as watch:
+        for batch, _ in zip(batches(), range(20), strict=False):
+            loss = model(batch).square().mean()
+            loss.backward()
+            watch.log(loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 if __name__ == "__main__":
-    {"ranks": ranks, "accumulating": accumulating}[sys.argv[1]](*sys.argv[2:])
+    ways = {"ranks": ranks, "accumulating": accumulating, "ending": ending}
+    ways[sys.argv[1]](*sys.argv[2:])

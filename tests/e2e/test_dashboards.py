@@ -29,9 +29,9 @@ def runs(tmp_path, monitoring, running, wait_for, free_port):
     (targets / "agent.json").write_text(target)
     own = [sys.executable, str(EVERYTHING)]
     cli = [sys.executable, "-m", "gradwatch"]
+    where = [str(targets), str(tmp_path / "runs"), monitoring.pushgateway]
     commands = {
-        "ranks": [*own, "ranks", str(targets), str(tmp_path / "runs")],
-        "accumulating": [*own, "accumulating", str(targets), str(tmp_path / "runs")],
+        **{way: [*own, way, *where] for way in ("ranks", "accumulating", "ending")},
         "agent": [*cli, "serve", str(tmp_path / "runs"), "--port", str(port)],
         "demo": [
             *cli, "demo", "--loop", "--plain", "--steps", "240", "--step-seconds", "0.1",
@@ -47,6 +47,7 @@ def runs(tmp_path, monitoring, running, wait_for, free_port):
             "a noise scale": "gradwatch_noise_scale",
             "a loss scale by way of the agent": "gradwatch_loss_scale",
             "the agent itself": "gradwatch_agent_recordings",
+            "the summary of a run that has ended": "gradwatch_end_state",
             "shares of a quarter of an hour": "run:gradwatch_clipped_share:busiest_rule",
         }.items():
             wait_for(what, 180, lambda query=query: monitoring.value(query))

@@ -20,3 +20,9 @@ def test_the_arguments_of_a_callback_are_those_of_attach_with_the_same_defaults(
     assert [(one.name, one.kind, one.default) for one in ours] == [
         (one.name, one.kind, one.default) for one in theirs
     ]
+
+
+@pytest.mark.parametrize("callback", [gradwatch.lightning, gradwatch.transformers])
+def test_an_address_that_is_none_is_refused_before_there_is_a_trainer(callback):
+    with pytest.raises(gradwatch.AttachError, match="alertmanager must be an address"):
+        callback.GradWatch(alertmanager="alerts:9093")

@@ -32,7 +32,11 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
 def callbacks(scaler: object) -> list[gradwatch.Watch | None]:
     fitting = gradwatch.lightning.GradWatch("policy.yaml", run="typed", scaler=scaler)
     training = gradwatch.transformers.GradWatch({"version": 1}, port=None, recording=None)
-    with gradwatch.keras.GradWatch("policy.yaml", run="typed", linger=1.0) as compiled:
+    posting = gradwatch.keras.GradWatch(
+        "policy.yaml", run="typed", linger=1.0, pushgateway="http://127.0.0.1:9091",
+        alertmanager=["http://127.0.0.1:9093"], alert_labels={"job": "typed"},
+    )  # fmt: skip
+    with posting as compiled:
         state = compiled.state_dict()
         compiled.load_state_dict(state)
     watches: tuple[gradwatch.Watch, ...] = fitting.watches

@@ -1,0 +1,120 @@
+"""What is out of the ordinary is found while its record is open: there may be no next step."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from gradwatch import consumer
+from gradwatch.records import Layout, Parameter, StepRecord
+from gradwatch.urgency import FACTOR, WARMUP, Urgency
+
+LAYOUT = Layout.of([Parameter(name="a.weight")])
+
+
+def record(step: int, norm: float) -> StepRecord:
+    return StepRecord(
+        step=step, time=1000.0 + step, layout=LAYOUT, total_norm=norm, total_norm_clipped=norm,
+        tensor_norms_P=np.array([norm], np.float32), tensor_coefs_P=np.ones(1, np.float32),
+        present_P=np.ones(1, np.bool_),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def woken() -> list[int]:
+    return []
+
+
+@pytest.fixture
+def urgency(woken) -> Urgency:
+    """That has learned what is usual: norms about 2."""
+    urgency = Urgency(lambda: woken.append(1))
+    urgency.learn([record(i, 2.0 + 0.01 * i) for i in range(WARMUP)], is_calm=True)
+    return urgency
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf"), 2.2 * FACTOR])
+def test_a_norm_that_is_not_finite_or_far_above_the_usual_wakes_the_consumer(urgency, woken, norm):
+    urgency.see(99, norm)
+    assert (urgency.step, woken) == (99, [1])
+
+
+@pytest.mark.parametrize("norm", [0.0, 2.0, 2.0 * FACTOR])
+def test_a_usual_one_does_not(urgency, woken, norm):
+    urgency.see(99, norm)
+    assert (urgency.step, woken) == (-1, [])
+
+
+def test_while_an_alert_is_open_nothing_is_urgent(urgency):
+    urgency.learn([record(50, 2.0)], is_calm=False)
+    urgency.see(99, float("nan"))
+    assert urgency.step == -1
+    urgency.learn([], is_calm=True)
+    urgency.see(100, float("nan"))
+    assert urgency.step == 100
+
+
+def test_before_the_usual_is_known_only_what_is_not_finite_is_urgent():
+    urgency = Urgency(lambda: None)
+    urgency.learn([record(i, 1.0) for i in range(WARMUP - 1)], is_calm=True)
+    urgency.see(1, 1e30)
+    assert urgency.step == -1
+    urgency.see(2, float("inf"))
+    assert urgency.step == 2
+
+
+class Loop:
+    def __init__(self, attach) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(4, 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
+        self.watch = attach(self.model, self.optimizer)
+
+    def step(self, factor: float = 1.0) -> None:
+        self.optimizer.zero_grad()
+        loss = self.model(torch.randn(8, 4)).square().mean() * factor
+        loss.backward()
+        self.optimizer.step()
+        self.loss = float(loss.detach())
+
+
+@pytest.fixture
+def patient(monkeypatch) -> None:
+    """Nothing but urgency has a record looked at that no step has closed."""
+    monkeypatch.setattr(consumer, "OPEN_SECONDS", 1e9)
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("kind", ["nonfinite", "exploding"])
+def test_an_alert_of_the_last_step_is_told_without_a_step_behind_it(attach, kind):
+    loop, found = Loop(attach), threading.Event()
+    loop.watch.on_anomaly(lambda anomaly: anomaly.kind == kind and found.set())
+    for _ in range(150):
+        loop.step()
+    for factor in [float("nan")] if kind == "nonfinite" else [1e8] * 3:
+        loop.step(factor)
+    assert found.wait(30)
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_loss_that_is_logged_behind_its_step_is_seen_by_the_detectors(attach, monkeypatch):
+    monkeypatch.setattr(consumer, "URGENT_SECONDS", 1e9)
+    loop, found = Loop(attach), threading.Event()
+    kinds: list[str] = []
+    loop.watch.on_anomaly(lambda anomaly: (kinds.append(anomaly.kind), found.set()))
+    for _ in range(30):
+        loop.step()
+        loop.watch.log(loss=loop.loss)
+    loop.watch.flush()
+    loop.step()
+    loop.watch.log(loss=loop.loss)
+    loop.step(float("nan"))
+    time.sleep(0.3)
+    assert kinds == []  # the record is not whole yet
+    loop.watch.log(loss=loop.loss)
+    assert found.wait(30)
+    assert np.isnan(loop.watch.latest.scalars["loss"])
