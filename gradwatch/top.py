@@ -23,7 +23,8 @@ from gradwatch.chart import columns, log_chart, span
 from gradwatch.page.watched import Seen, Watched
 from gradwatch.recording.reader import open_recording
 from gradwatch.report.card import printable
-from gradwatch.report.verdict import Health, duration
+from gradwatch.report.moments import duration
+from gradwatch.report.verdict import Health
 from gradwatch.stopping import stoppable
 
 __all__ = ["screen", "top_command"]
