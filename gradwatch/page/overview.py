@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from gradwatch.page.grid import Grid, Indices, columns_for, grid_of, joined, with_usual
+from gradwatch.page.grid import LEARNING, Grid, Indices, columns_for, grid_of, joined, with_usual
 from gradwatch.page.reading import Rows
 from gradwatch.records import Float32s, Float64s
 
@@ -26,8 +26,11 @@ MEMORY_STEPS = 256.0
 """By which a baseline forgets."""
 
 WINSOR = 0.5
-"""Decades that a column may differ from the baseline at most when it enters it: an explosion
-becomes the norm after thousands of steps, not at once."""
+"""Decades that a column may move the baseline by at most; what is as far above it does not enter
+before it has lasted."""
+
+LASTING = 2000
+"""Steps after which it does, as the detectors have it: an explosion does not become the norm."""
 
 SAMPLED = 4
 """One step in so many has a part in the baseline."""
@@ -97,6 +100,9 @@ class Baseline:
     def __init__(self, num_layers: int, width: int) -> None:
         self._usual_L: Float64s = np.full(num_layers, np.nan)
         self._seen_L: Float64s = np.zeros(num_layers)
+        self._above_L: Float64s = np.zeros(num_layers)
+        """Steps for which a layer has been far above."""
+
         self._sum_L: Float64s = np.zeros(num_layers)
         self._count_L: Float64s = np.zeros(num_layers)
         self._is_known = False
@@ -153,7 +159,11 @@ class Baseline:
         known = self._count_L > 0
         mean_L = self._mean()
         share = np.maximum(1 - math.exp(-self._width / MEMORY_STEPS), 1 / (self._seen_L + 1))
-        moved = np.clip(mean_L - self._usual_L, -WINSOR, WINSOR)
+        away_L = mean_L - self._usual_L
+        is_above = (away_L > WINSOR) & (self._seen_L * self._width >= LEARNING)
+        self._above_L = np.where(is_above, self._above_L + self._width, 0)
+        is_barred = is_above & (self._above_L < LASTING)
+        moved = np.where(is_barred, 0, np.clip(away_L, -WINSOR, WINSOR))
         later = np.where(self._seen_L > 0, self._usual_L + share * moved, mean_L)
         self._usual_L = np.where(known, later, self._usual_L)
         self._seen_L += known

@@ -21,9 +21,11 @@ from gradwatch.records import Anomaly, RunInfo, StepRecord
 from gradwatch.report.course import first_step
 from gradwatch.report.verdict import Known, Verdict, verdict
 
-__all__ = ["Standing", "Stands"]
+__all__ = ["RECENT", "Standing", "Stands"]
 
 RECENT = 50
+"""Steps that the share of clipped ones is of."""
+
 RECENT_LOSSES = 10
 CHUNK = 2000
 
