@@ -160,6 +160,7 @@ def further(findings: Findings, setting: Setting) -> list[str]:
     )
     return [
         f"{recording}  {findings.num_steps} steps, every norm and every decision",
+        f"{_program()} report {shlex.quote(recording)}",
         f"{_program()} export {shlex.quote(recording)} --format csv -o steps.csv",
         f"{_python()} -c {_quoted(code)}",
     ]
