@@ -108,4 +108,4 @@ def _after_an_explosion(card: Card, later: Later | None) -> str:
     now = f"(median of the last steps {later.loss:.3g})"
     if later.loss > RISEN * before:
         return f"{rose}, and is still up {now}: {back}"
-    return f"{rose}, and has come back since {now}: no need to go back"
+    return f"{rose}, and has come back since {now}: no need to go back to a checkpoint"

@@ -185,7 +185,9 @@ def _done(card: Card) -> str:
     if clipped[-1] - clipped[0] >= len(clipped):
         which = f"{len(clipped)} of the steps {clipped[0]} to {clipped[-1]} were"
     fired = ", ".join(printable(rule) for rule in card.fired)
-    by = f" ({fired}; times {card.clip_coef:.3g} in step {card.step})" if card.clip_coef < 1 else ""
+    by = ""
+    if card.clip_coef < 1:
+        by = f" by the rule {fired} (step {card.step} to {card.clip_coef:.3g} of its norm)"
     return f"{which} clipped{by} and taken"
 
 

@@ -71,7 +71,7 @@ def test_an_explosion_is_told_with_what_the_policy_did(recorded, capsys):
     lines = said(capsys, recorded(gain=1e3), "--last-anomaly")
     text = "\n".join(lines)
     assert "alert exploding" in lines[0]
-    assert "were clipped (global; times 0." in text
+    assert "were clipped by the rule global (step 82 to 0." in text
     assert "step 80, over the medians before it: the loss is" in text
 
 

@@ -77,7 +77,9 @@ def test_an_open_alert_says_since_when_what_where_and_what_was_done():
         "Not healthy since step 300 (1970-01-12 13:36:40 UTC, 10 min ago): exploding in block.1"
     )
     said = dict(found.lines)["done"]
-    assert said == "step 300 was clipped (global; times 0.111 in step 300) and taken"
+    assert (
+        said == "step 300 was clipped by the rule global (step 300 to 0.111 of its norm) and taken"
+    )
     assert "to do" in dict(found.lines)
     assert found.card.step == 300
 
@@ -150,7 +152,9 @@ def test_what_the_loss_did_since_decides_whether_to_go_back():
     one = replace(one, series={**one.series, "loss": losses})
     values = {"cards": [one], "open": {"exploding": ()}}
     back = dict(verdict(known(**values, recent_loss=0.52), NOW).lines)["to do"]
-    assert back.endswith("has come back since (median of the last steps 0.52): no need to go back")
+    assert back.endswith(
+        "has come back since (median of the last steps 0.52): no need to go back to a checkpoint"
+    )
     up = dict(verdict(known(**values, recent_loss=2.0), NOW).lines)["to do"]
     assert (
         "still up (median of the last steps 2): go back to a checkpoint from before step 300" in up
