@@ -5,19 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from gradwatch.recording.cards import Card
 from gradwatch.records import Origin
-from gradwatch.report.course import rise_before
+from gradwatch.report.course import RISEN, first_step, rise_before, usual
 
 __all__ = ["Later", "to_do"]
 
 LATENCY = 5
 """Steps that it may have lasted when it is found."""
-
-RISEN = 1.3
-"""Times its median that a loss must be to have risen."""
 
 TO_DO: dict[Origin, str] = {
     "input": "look at the batch and at how it was read and normalised; training itself is fine",
@@ -31,15 +26,16 @@ TO_DO: dict[Origin, str] = {
     "for float16 that overflows on the way back",
 }
 OTHERWISE = {
-    "exploding": "where the loss has risen too, go back to {checkpoint} and lower the learning "
-    "rate or clip; where it has not, let it run",
-    "loss_spike": "look at the batches of these steps; where it does not come down, go back to "
-    "{checkpoint}",
     "diverging": "go back to the last healthy checkpoint and lower the learning rate",
     "rank_divergence": "go back to {checkpoint}: since then the ranks train different models. Look "
     "for memory errors and for code that one rank alone runs",
     "rank_outlier": "compare the data, the seed and the hardware of that rank with the others",
-    "vanishing": "look at initialisation, normalisation and skip connections before that layer",
+    "vanishing": "look at what changed at step {first}; if it has been so from the start, at "
+    "initialisation, normalisation and skip connections before that layer",
+    "collapsed": "look at what changed at step {first}: something that is cut off, frozen or "
+    "skipped, or a loss of another scale",
+    "dead": "look at what changed at step {first}; units that no input wakes any more do not come "
+    "back: go back to {checkpoint}",
     "loss_scale_collapse": "look for what is not finite at any scale: see the card before this one",
 }
 
@@ -66,8 +62,8 @@ def to_do(card: Card, later: Later | None = None) -> str:
     bad_from = max(0, card.step - LATENCY) if rise is None else rise.step
     checkpoint = f"a checkpoint from before step {bad_from}"
     origin = None if card.culprit is None else card.culprit.origin
-    if card.kind == "exploding":
-        said = _after_an_explosion(card, later)
+    if card.kind in ("exploding", "loss_spike"):
+        said = _by_the_loss(card, later)
     elif card.kind in OTHERWISE:
         said = OTHERWISE[card.kind]
     elif origin is not None:
@@ -81,7 +77,7 @@ def to_do(card: Card, later: Later | None = None) -> str:
             f"find what set the learning rate to {rise.after:.3g} in step {rise.step} "
             f"({rise.before:.3g} before). {said[0].upper()}{said[1:]}"
         )
-    return said.format(checkpoint=checkpoint)
+    return said.format(checkpoint=checkpoint, first=first_step(card))
 
 
 def _after_a_nonfinite_step(card: Card, later: Later | None) -> str:
@@ -93,16 +89,24 @@ def _after_a_nonfinite_step(card: Card, later: Later | None) -> str:
     return f"nothing urgent{alone}. Look at the batch of step {card.step}; {replay}"
 
 
-def _after_an_explosion(card: Card, later: Later | None) -> str:
-    """By what the loss has done in the steps of the card, and since."""
-    losses = [loss for loss in card.series.get("loss", ()) if not math.isnan(loss)]
-    if len(losses) < 2 * LATENCY:
-        return OTHERWISE["exploding"]
-    before, worst = float(np.median(losses[:-LATENCY])), max(losses[-LATENCY:])
-    if worst <= RISEN * before:
-        return f"the loss has not risen ({before:.3g} before, {worst:.3g} now): let it run"
-    rose = f"the loss rose too, from {before:.3g} to {worst:.3g}"
+def _by_the_loss(card: Card, later: Later | None) -> str:
+    """By what the loss has done in the abnormal steps of the card, and since."""
+    losses = card.series.get("loss", ())
+    before = usual(card, losses)
+    within = [
+        loss
+        for step, loss in zip(card.steps, losses, strict=False)
+        if step >= first_step(card) and not math.isnan(loss)
+    ]
+    batches = "look at the batches of these steps. " if card.kind == "loss_spike" else ""
     back = "go back to {checkpoint}, and lower the learning rate or the limit"
+    if math.isnan(before) or not within:
+        return f"{batches}where the loss has risen and stays up, {back}; where not, let it run"
+    worst = max(within)
+    if worst <= RISEN * before:
+        return f"{batches}the loss has not risen ({before:.3g} before, {worst:.3g} now): let it run"
+    too = "" if card.kind == "loss_spike" else " too"
+    rose = f"{batches}the loss rose{too}, from {before:.3g} to {worst:.3g}"
     if later is None or math.isnan(later.loss):
         return f"{rose}: if it stays up, {back}"
     now = f"(median of the last steps {later.loss:.3g})"

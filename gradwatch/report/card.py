@@ -16,7 +16,14 @@ from gradwatch.chart import log_chart
 from gradwatch.recording.cards import Card
 from gradwatch.records import Culprit, Origin
 from gradwatch.report.advice import Later, to_do
-from gradwatch.report.course import first_step, num_layers_hit, rise_before, steps_clipped
+from gradwatch.report.course import (
+    first_step,
+    num_hit,
+    rise_before,
+    steps_before,
+    steps_clipped,
+    what_is_hit,
+)
 from gradwatch.report.moments import utc
 from gradwatch.rules.culprit import REPLAY_HINT
 
@@ -131,9 +138,10 @@ def widest(card: Card, num_layers: int = 0) -> str:
     Args:
         num_layers: of the model; 0 where that is not known.
     """
-    hit = num_layers_hit(card)
+    hit = num_hit(card)
     if hit > 1:
-        return f"all {hit} layers" if hit == num_layers else f"{hit} layers"
+        noun = what_is_hit(card)
+        return f"all {hit} layers" if (noun, hit) == ("layers", num_layers) else f"{hit} {noun}"
     return printable(card.layer or "")
 
 
@@ -149,17 +157,20 @@ def _began(card: Card) -> str:
     if rise is not None:
         rates = f"from {rise.before:.3g} to {rise.after:.3g}"
         said.append(f"at step {rise.step} the learning rate rose {rates}")
-    hit = num_layers_hit(card)
+    hit = num_hit(card)
     many = hit > 1 and card.layer is not None and card.kind != "nonfinite"
     if rise is not None or first < card.step:
-        said.append(f"{card.kind} from step {first} on{f' in {hit} layers' if many else ''}")
+        said.append(
+            f"{card.kind} from step {first} on{f' in {hit} {what_is_hit(card)}' if many else ''}"
+        )
     if culprit is not None and culprit.origin is not None:
         said.append(f"in {_origin(culprit)}")
     elif culprit is not None and card.kind == "nonfinite":
         said.append(culprit.message.removesuffix(REPLAY_HINT))
     if many:
         worst = f"{printable(card.layer)}{_times(card)}"
-        said.append(f"furthest above its own median in step {card.step}: {worst}")
+        how = "furthest above its own median" if _times(card) else "furthest off"
+        said.append(f"{how} in step {card.step}: {worst}")
     elif card.layer and (culprit is None or culprit.module != card.layer):
         said.append(f"layer {printable(card.layer)}{_times(card)}")
     return printable("; ".join(said) or "not determined", MOST_SAID)
@@ -172,8 +183,8 @@ def _times(card: Card) -> str:
 
 
 def _done(card: Card) -> str:
-    if card.environment.get("mode") != "enforce" and (card.skipped or card.clip_coef < 1):
-        return "nothing: the policy is not enforced, and the step was taken as it was"
+    if card.environment.get("mode") != "enforce":
+        return f"nothing: no policy is enforced, and step {card.step} was taken as it was"
     if card.skipped:
         reason = printable(card.skipped)
         return f"step {card.step} was skipped ({reason}): weights and optimizer as before"
@@ -220,10 +231,9 @@ def _history(card: Card) -> Iterator[str]:
     rows["learning rate"] = card.series.get("learning_rate", ())
     rows = {**rows, **{f"layer {printable(name)}": norms for name, norms in card.norms.items()}}
     width = max(len(name) for name in rows)
-    first = first_step(card)
-    until = max(sum(step < first for step in card.steps), 1)
+    until = max(steps_before(card), 1)
     steps = f"steps {card.steps[0]} to {card.steps[-1]}"
-    before = f"median to {card.steps[min(until, len(card.steps)) - 1]}"
+    before = f"median to {card.steps[until - 1]}"
     end = f"step {card.steps[-1]}"
     yield f"{steps:<{width}}  {'':<{len(card.steps)}}  {before:>14}  {end:>10}"
     for name, values in rows.items():

@@ -8,13 +8,34 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from gradwatch.recording.cards import Card
 from gradwatch.rules.detect_regime import JUMP
 
-__all__ = ["Rise", "first_step", "num_layers_hit", "rise_before", "steps_clipped"]
+__all__ = [
+    "RISEN",
+    "Rise",
+    "first_step",
+    "num_hit",
+    "rise_before",
+    "steps_before",
+    "steps_clipped",
+    "usual",
+    "what_is_hit",
+]
+
+RISEN = 1.3
+"""Times its median before that a loss must be to have risen."""
+
+FEWEST = 5
+"""Values that a median is made of."""
+
+OF_PARAMETERS = ("collapsed", "unused")
+"""Kinds that look at single parameters."""
 
 SINCE = re.compile(r" since step (\d+)")
 OF_ALL = re.compile(r"\w+: (?:all )?(\d+)(?: of \d+)? layers hold ")
@@ -41,14 +62,33 @@ def first_step(card: Card) -> int:
     return min(int(said[-1]), card.step) if said else card.step
 
 
-def num_layers_hit(card: Card) -> int:
-    """How many layers a finding is of; 0 where it is of none in particular."""
+def num_hit(card: Card) -> int:
+    """How many layers, or parameters, a finding is of; 0 where it is of none in particular."""
     if card.layer is not None:
         more = re.search(rf"layer {re.escape(card.layer)} and (\d+) more: ", card.message)
         if more is not None:
             return 1 + int(more[1])
     of_all = OF_ALL.match(card.message)
     return int(of_all[1]) if of_all is not None else len(card.layers)
+
+
+def what_is_hit(card: Card) -> str:
+    return "parameters" if card.kind in OF_PARAMETERS else "layers"
+
+
+def steps_before(card: Card) -> int:
+    """How many of the steps that the card holds were before the first abnormal one."""
+    return sum(step < first_step(card) for step in card.steps)
+
+
+def usual(card: Card, values: Sequence[float]) -> float:
+    """Median of one number over the steps before the first abnormal one; NaN where few are known.
+
+    Args:
+        values: of the steps of the card.
+    """
+    before = [value for value in values[: steps_before(card)] if math.isfinite(value)]
+    return statistics.median(before) if len(before) >= FEWEST else math.nan
 
 
 def rise_before(card: Card) -> Rise | None:

@@ -5,7 +5,6 @@ done, what to do.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from gradwatch.recording.cards import Card
 from gradwatch.records import Anomaly, StepRecord
 from gradwatch.report.advice import Later
 from gradwatch.report.card import printable, told, what_came_before, widest
-from gradwatch.report.course import first_step
+from gradwatch.report.course import RISEN, first_step, num_hit, usual
 from gradwatch.report.findings import urgency
 from gradwatch.report.moments import duration, utc
 
@@ -29,9 +28,6 @@ SILENT_SECONDS, SILENT_STEPS = 60.0, 20.0
 
 WORDS = {"nonfinite": "nonfinite (NaN or inf)"}
 """Kinds that their names alone do not tell of."""
-
-EARLIER = 10
-"""Steps of a card that are well before what it is of."""
 
 JUST_BEFORE = 50
 """Steps between an alert and an end that it is named with."""
@@ -145,11 +141,11 @@ def _not_healthy(known: Known, alerts: Sequence[tuple[int, str]], now: float) ->
     begun = {kind: since for kind in kinds if (since := _since(known, alerts, kind)) is not None}
     if not begun:
         begun = {kind: step for step, kind in alerts[-1:]}
-    found_at = min(begun.values())
-    kind = min((k for k, step in begun.items() if step == found_at), key=urgency)
-    card = _card_at(known, found_at, kind)
+    cards = {kind: _card_at(known, step, kind) for kind, step in begun.items()}
+    kind = min(begun, key=lambda kind: _order(kind, begun[kind], cards[kind]))
+    card = cards[kind]
     others = sorted(set(begun) - {kind}, key=urgency)
-    first = found_at if card is None else first_step(card)
+    first = begun[kind] if card is None else first_step(card)
     when = _time_of(known, first, card)
     ago = f", {duration(now - when)} ago" if known.state == "running" else ""
     moment = f" ({utc(when)}{ago})" if math.isfinite(when) else ""
@@ -165,6 +161,12 @@ def _not_healthy(known: Known, alerts: Sequence[tuple[int, str]], now: float) ->
         lines=[*told(card, _later(known, card)), *_now(known, card)] if card else (),
         card=card,
     )
+
+
+def _order(kind: str, step: int, card: Card | None) -> tuple[int, bool, int]:
+    """What began first, of that what says where, of that the most urgent."""
+    first = step if card is None else first_step(card)
+    return first, card is None or not num_hit(card), urgency(kind)
 
 
 def _told_shortly(known: Known, card: Card) -> str:
@@ -203,9 +205,9 @@ def _now(known: Known, card: Card | None) -> list[tuple[str, str]]:
             values.append((f"norm of {printable(layer)}", card.norms[layer], norm))
     said = []
     for name, course, value in values:
-        before = [one for one in course[:EARLIER] if math.isfinite(one)]
+        before = math.nan if card is None else usual(card, course)
         if not math.isnan(value):
-            was = f" ({statistics.median(before):.3g} before)" if before else ""
+            was = "" if math.isnan(before) else f" ({before:.3g} before)"
             said.append(f"{name} {value:.3g}{was}")
     return [("now", f"at step {latest.step}: {', '.join(said)}")]
 
@@ -232,9 +234,16 @@ def _over(known: Known, alerts: Sequence[tuple[int, str]]) -> Verdict:
     which = "; see " if len(alerts) > 1 else ": "
     what = kind if card is None else _told_shortly(known, card)
     skipped = "; that step was skipped" if card is not None and card.skipped else ""
+    before = math.nan if card is None else usual(card, card.series.get("loss", ()))
+    is_up = known.recent_loss > RISEN * before
+    again = f"Healthy again{since}"
+    if is_up:
+        again = (
+            f"Loss still up, {known.recent_loss:.3g} ({before:.3g} before); no alert open{since}"
+        )
     return Verdict(
-        health="over",
-        headline=f"Healthy again{since}, after {_count(len(alerts), 'alert')}{which}{what}, "
+        health="warning" if is_up else "over",
+        headline=f"{again}, after {_count(len(alerts), 'alert')}{which}{what}, "
         f"at step {first}{moment}{skipped}",
         lines=[*told(card, _later(known, card)), *_now(known, card)] if card else (),
         card=card,

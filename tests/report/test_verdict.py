@@ -102,12 +102,12 @@ def test_layers_that_come_back_into_an_open_episode_do_not_begin_it():
 
 def test_an_open_alert_says_how_it_stands_by_now():
     later = replace(record_at(500), scalars={"loss": 0.5}, total_norm=0.25, learning_rate=0.1)
-    found = verdict(
-        known(anomalies=[anomaly(300)], cards=[card(300)], open={"exploding": ()}, latest=later),
-        NOW,
-    )
+    one = explosion(303, 301, [0.1] * 14)
+    found = verdict(known(cards=[one], open={"exploding": ()}, latest=later), NOW)
     said = dict(found.lines)["now"]
-    assert said == "at step 500: loss 0.5, total norm 0.25 (9 before), learning rate 0.1"
+    assert said == (
+        "at step 500: loss 0.5, total norm 0.25 (9 before), learning rate 0.1 (0.1 before)"
+    )
 
 
 RATES = [0.1] * 10 + [5.0] * 4
@@ -171,6 +171,31 @@ def test_an_alert_that_is_over_is_said_to_be_over_with_what_began_it():
         "Healthy again since step 320, after 2 alerts; see exploding in block.1, at step 300 "
         "(1970-01-12 13:36:40 UTC)"
     )
+
+
+def test_a_run_whose_loss_has_stayed_up_is_not_called_healthy_again():
+    one = explosion(303, 301, RATES)
+    one = replace(one, series={**one.series, "loss": (*[0.5] * 9, 30.0, 30.0, 20.0, 9.0, 9.0)})
+    values = {"anomalies": [anomaly(303)], "cards": [one], "calm_since": 330}
+    found = verdict(known(**values, recent_loss=1.6), NOW)
+    assert found.health == "warning"
+    assert found.headline.startswith(
+        "Loss still up, 1.6 (0.5 before); no alert open since step 330"
+    )
+    assert verdict(known(**values, recent_loss=0.6), NOW).headline.startswith("Healthy again")
+
+
+def test_of_what_began_in_the_same_step_the_finding_that_says_where_is_told():
+    spike = replace(
+        card(302, "loss_spike"), layer=None, layers=(), message="loss_spike: since step 300"
+    )
+    gone = replace(
+        card(319, "collapsed"), message="collapsed: layer block.1 and 6 more: 0 since step 300"
+    )
+    anomalies = [anomaly(302, "loss_spike"), anomaly(319, "collapsed")]
+    open_alerts = {"loss_spike": (), "collapsed": ("block.1",)}
+    found = verdict(known(anomalies=anomalies, cards=[spike, gone], open=open_alerts), NOW)
+    assert found.headline.endswith("collapsed in 7 parameters; also loss_spike")
 
 
 def test_alerts_of_which_nobody_knows_whether_they_are_open_count_as_open():
