@@ -106,7 +106,7 @@ def _by_the_loss(card: Card, later: Later | None) -> str:
     if worst <= RISEN * before:
         return f"{batches}the loss has not risen ({before:.3g} before, {worst:.3g} now): let it run"
     too = "" if card.kind == "loss_spike" else " too"
-    rose = f"{batches}the loss rose{too}, from {before:.3g} to {worst:.3g}"
+    rose = f"{batches}the loss rose{too}, from {before:.3g} to {worst:.3g} by step {card.step}"
     if later is None or math.isnan(later.loss):
         return f"{rose}: if it stays up, {back}"
     now = f"(median of the last steps {later.loss:.3g})"
