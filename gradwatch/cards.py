@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -77,13 +78,17 @@ def _of_explosion(
     # The update of its first step has changed the loss of the others.
     began = [one for one in past if one.step > anomaly.step - LATENCY]
     first = next((one for one in began if _has_grown(norms_TL, _norms(one, layers))), record)
-    return of_explosion(
+    found = of_explosion(
         [info.layout.layers[i] for i in layers],
         norms_TL,
         _norms(first, layers),
         [one.scalars.get("loss", math.nan) for one in before],
         first.scalars.get("loss") if loss_before else None,
     )
+    if not found.near:
+        return found
+    # The finding is of a later step, in which another layer may be the worst.
+    return replace(found, message=f"step {first.step}, over the medians before it: {found.message}")
 
 
 def _norms(record: StepRecord, layers: Sequence[int]) -> Float64s:

@@ -23,7 +23,10 @@ from gradwatch.chart import columns, log_chart, span
 from gradwatch.page.watched import Seen, Watched
 from gradwatch.recording.reader import open_recording
 from gradwatch.report.card import printable
-from gradwatch.report.verdict import Health, duration
+from gradwatch.report.findings import ORDER, listed
+from gradwatch.report.moments import duration
+from gradwatch.report.standing import RECENT
+from gradwatch.report.verdict import Health
 from gradwatch.stopping import stoppable
 
 __all__ = ["screen", "top_command"]
@@ -35,7 +38,7 @@ STYLES: dict[Health, str] = {
 MARKS: dict[Health, str] = {
     "healthy": "OK", "over": "OK", "warning": "!", "alert": "!!", "unknown": "?",
 }  # fmt: skip
-LEVEL_STYLES = {"alert": "red", "warning": "yellow", "event": "dim"}
+LEVEL_STYLES = {"alert": "red", "warning": "yellow"}
 CHART_HEIGHT = 4
 MARGIN = 10
 DOZE_SECONDS = 0.1
@@ -122,19 +125,13 @@ def _head(seen: Seen) -> list[Text]:
         Text(f"{MARKS[verdict.health]}  {printable(verdict.headline, 400)}",
              style=STYLES[verdict.health]),
     ]  # fmt: skip
-    lines += [
-        Text(f"{label:<9} {printable(text, 400)}")
-        for label, text in verdict.lines
-        if label != "found"
-    ]
+    lines += [Text(f"{label:<9} {printable(text, 400)}") for label, text in verdict.lines]
     latest = stands.latest
     if latest is not None:
-        loss = latest.scalars.get("loss", math.nan)
         lines.append(
             Text(
-                f"total norm {latest.total_norm:.4g}   loss {loss:.4g}   clipped "
-                f"{stands.clipped:.0%} of the last steps   skipped {seen.skipped}   "
-                f"{known.step_seconds:.3g} s a step"
+                f"clipped {stands.clipped:.0%} of the last {RECENT} steps   skipped "
+                f"{seen.skipped}   {known.step_seconds:.3g} s a step"
             )
         )
     return lines
@@ -185,13 +182,18 @@ def _layers(seen: Seen, width: int, most: int) -> RenderableType:
 
 
 def _findings(seen: Seen, most: int) -> list[Text]:
-    anomalies = seen.stands.known.anomalies
-    if not anomalies:
-        return [Text("no finding", style="dim")]
-    lines = [Text("last findings", style="dim")]
-    for one in list(anomalies)[-most:]:
-        said = printable(one.message, 400)
-        line = f"step {one.step:<8} {one.level:<8} {said}"
+    known = seen.stands.known
+    findings = listed(known.anomalies, known.cards, most)
+    events = f"one-step events, which page nobody: {findings.events}" if findings.events else ""
+    if not findings.all:
+        return [Text(f"no finding{events and '; '}{events}", style="dim")]
+    lines = [Text("; ".join(filter(None, (f"findings, {ORDER}", events))), style="dim")]
+    for place, one in enumerate(findings.all):
+        if findings.left_out and place == len(findings.first):
+            lines[0] = Text(
+                f"{lines[0].plain}; {findings.left_out} behind the first left out", style="dim"
+            )
+        line = f"step {one.step:<8} {one.level:<8} {one.kind}: {printable(one.message, 400)}"
         lines.append(
             Text(line, style=LEVEL_STYLES.get(one.level, ""), no_wrap=True, overflow="ellipsis")
         )

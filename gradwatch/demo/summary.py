@@ -99,7 +99,7 @@ def _when(alert: Anomaly, setting: Setting) -> str:
 
 def _moved(findings: Findings) -> Iterator[str]:
     name = max(max(len(mover.layer) for mover in findings.movers[:MOST_LISTED]), 5)
-    yield f"{'layer':<{name}}  since step  usual norm    at worst"
+    yield f"{'layer':<{name}}  since step  its median    at worst"
     for mover in findings.movers[:MOST_LISTED]:
         ratio = mover.worst / mover.usual
         yield (
@@ -160,6 +160,7 @@ def further(findings: Findings, setting: Setting) -> list[str]:
     )
     return [
         f"{recording}  {findings.num_steps} steps, every norm and every decision",
+        f"{_program()} report {shlex.quote(recording)}",
         f"{_program()} export {shlex.quote(recording)} --format csv -o steps.csv",
         f"{_python()} -c {_quoted(code)}",
     ]

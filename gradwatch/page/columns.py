@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gradwatch.page.grid import Grid
-from gradwatch.records import Anomaly, Float32s, Float64s
+from gradwatch.page.grid import LEARNING, Grid
+from gradwatch.records import Anomaly, Bools, Float32s, Float64s
 
 __all__ = [
     "DEPARTURE",
@@ -22,6 +22,7 @@ __all__ = [
     "heat_of",
     "run_columns",
     "short",
+    "spans_decades",
     "told_of",
 ]
 
@@ -34,6 +35,12 @@ GAP = -99.0
 
 DEPARTURE = 1.5
 """Decades at which the colours of a departure end."""
+
+FAR = 2.0
+"""Decades that are a departure all the same: what detectors take for abnormal while they learn."""
+
+LOG_SPAN = 10.0
+"""Times its least that a loss must be for a logarithmic axis."""
 
 MARKED = ("alert", "warning", "event")
 NAME_LENGTH = 30
@@ -59,8 +66,13 @@ def run_columns(
     anomalies: Sequence[Anomaly],
     rules: Sequence[str],
     most_rows: int = MOST_ROWS,
+    begun: int = 0,
 ) -> dict[str, Columns]:
-    """The sources of the figures of one run, by name."""
+    """The sources of the figures of one run, by name.
+
+    Args:
+        begun: the first step of the run.
+    """
     found: dict[str, Columns] = {}
     if grid is None:
         grid = _nothing(rules)
@@ -90,17 +102,36 @@ def run_columns(
         "noise_scale": _drawable(numbers["noise_scale"]),
         "micro_batches": _drawable(numbers["micro_batches"]),
     }
-    found["heat"] = heat_of(grid, most_rows).columns
+    found["heat"] = heat_of(grid, most_rows, begun).columns
+    found["learning"] = _learning(grid, begun)
     return found
 
 
-def heat_of(grid: Grid, most_rows: int = MOST_ROWS) -> Heat:
+def _learning(grid: Grid, begun: int) -> Columns:
+    """The part of the heat map whose departures are not known yet; none where it is not shown."""
+    is_learning_C = _is_learning(grid, begun)
+    if not is_learning_C.any():
+        return {"left": [], "right": [], "top": [], "bottom": []}
+    index_C = grid.index_C[is_learning_C]
+    left, right = index_C[0] * grid.width - 0.5, (index_C[-1] + 1) * grid.width - 0.5
+    rows = grid.peaks_CL.shape[1]
+    return {"left": [float(left)], "right": [float(right)], "top": [-0.5], "bottom": [rows - 0.5]}
+
+
+def _is_learning(grid: Grid, begun: int) -> Bools:
+    is_learning_C: Bools = grid.steps_C < begun + LEARNING
+    return is_learning_C
+
+
+def heat_of(grid: Grid, most_rows: int = MOST_ROWS, begun: int = 0) -> Heat:
     """Neighbouring layers share a row, with the largest of each, where there are many."""
     layers = grid.peaks_CL.shape[1]
     together = -(-layers // most_rows) if layers else 1
     with np.errstate(all="ignore"):
         logs_CL = np.log10(grid.peaks_CL)
         away_CL = logs_CL - grid.usual_CL
+        learning_CL = _is_learning(grid, begun)[:, None] & ~(np.abs(away_CL) > FAR)
+    away_CL = np.where(learning_CL, np.float32(0), away_CL)
     bad_CL = np.isinf(grid.peaks_CL)
     positive = logs_CL[np.isfinite(logs_CL)]
     low, high = (float(positive.min()), float(positive.max())) if positive.size else (-1.0, 1.0)
@@ -163,18 +194,31 @@ def _marks(grid: Grid, anomalies: Sequence[Anomaly], norm_C: Float64s) -> dict[s
 
 
 def told_of(grid: Grid | None) -> list[str]:
-    """The figures that have something to show, of those that not every run has."""
+    """The figures that have something to show, of those that not every run has; `log loss` and
+    `changing settings` where that is what there is to see."""
     if grid is None:
         return []
     numbers = grid.numbers
-    known = {
-        "loss": not np.isnan(numbers["loss"]).all(),
-        "settings": any(np.isfinite(numbers[k]).any() for k in ("learning_rate", "loss_scale")),
-        "noise": bool(
-            np.isfinite(numbers["noise_scale"]).any() or (numbers["micro_batches"] > 1).any()
-        ),
-    }
-    return [name for name, is_known in known.items() if is_known]
+    rates = [numbers[name] for name in ("learning_rate", "loss_scale")]
+    found = []
+    if not np.isnan(numbers["loss"]).all():
+        found.append("log loss" if spans_decades(numbers["loss"]) else "loss")
+    if any(np.isfinite(values).any() for values in rates):
+        found.append("changing settings" if any(map(_changes, rates)) else "settings")
+    if np.isfinite(numbers["noise_scale"]).any() or (numbers["micro_batches"] > 1).any():
+        found.append("noise")
+    return found
+
+
+def spans_decades(losses: Float64s) -> bool:
+    """Whether a logarithmic axis shows more of them, and hides none."""
+    finite = losses[np.isfinite(losses)]
+    return bool(len(finite) and finite.min() > 0 and finite.max() > LOG_SPAN * finite.min())
+
+
+def _changes(values: Float64s) -> bool:
+    finite = values[np.isfinite(values)]
+    return bool(len(finite) and finite.max() != finite.min())
 
 
 def _nothing(rules: Sequence[str]) -> Grid:

@@ -96,7 +96,7 @@ def _write(recording: Path, wanted: Format, output: Path | None, browser: str) -
         print(markdown_report(path), end="")
         return
     if wanted is Format.png:
-        take_picture(html_report(path), output, browser)
+        take_picture(html_report(path, still=True), output, browser)
     else:
         made = html_report(path) if wanted is Format.html else markdown_report(path)
         output.write_text(made, encoding="utf-8", errors="replace")

@@ -5,7 +5,7 @@ Names of sources and of what a page changes are set here; static/page.js finds t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bokeh.models import (
@@ -19,11 +19,13 @@ from bokeh.models.annotations import ColorBar
 
 from gradwatch.page.colours import AFTER, BEFORE, LEVELS, LIMITS, NONFINITE, THEMES
 from gradwatch.page.columns import DEPARTURE, Columns, Heat, short
+from gradwatch.page.grid import LEARNING
 from gradwatch.page.plots import (
     DASHES,
     HEIGHT,
     LOW_HEIGHT,
     Drawn,
+    alert_lines,
     hover,
     legend,
     nonfinite_bars,
@@ -35,6 +37,7 @@ from gradwatch.page.plots import (
 
 __all__ = ["heat_map", "run_figures"]
 
+ALWAYS = ("norm", "heat", "clip")
 MARKERS = {"alert": "triangle", "warning": "diamond", "event": "circle"}
 MOST_LABELS, LABEL_LENGTH = 28, 19
 MARK_SIZES = {"alert": 13, "warning": 10, "event": 6}
@@ -46,9 +49,9 @@ def run_figures(
     layers: Sequence[str],
     rules: Sequence[str],
     steps: tuple[float, float],
-    told_of: Sequence[str] = ("loss", "settings", "noise"),
+    told_of: Sequence[str] = ("loss", "changing settings", "noise"),
 ) -> list[Drawn]:
-    """All of one run, over one range of steps that they share.
+    """All of one run, over one range of steps that they share; first what a verdict speaks of.
 
     Args:
         columns: of `run_columns`.
@@ -57,13 +60,17 @@ def run_figures(
     """
     shared = steps_range(*steps)
     sources = sources_of(columns)
-    drawn = [
-        norm_figure(sources, rules, shared),
-        heat_map(sources["heat"], heat, layers, shared),
-        clip_figure(sources, shared),
-    ]
-    others = {"loss": loss_figure, "settings": settings_figure, "noise": noise_figure}
-    return [*drawn, *(make(sources, shared) for name, make in others.items() if name in told_of)]
+    drawn: dict[str, Callable[[], Drawn]] = {
+        "norm": lambda: norm_figure(sources, rules, shared),
+        "loss": lambda: loss_figure(sources, shared, log=False),
+        "log loss": lambda: loss_figure(sources, shared, log=True),
+        "changing settings": lambda: settings_figure(sources, shared),
+        "heat": lambda: heat_map(sources, heat, layers, shared),
+        "clip": lambda: clip_figure(sources, shared),
+        "settings": lambda: settings_figure(sources, shared),
+        "noise": lambda: noise_figure(sources, shared),
+    }
+    return [make() for name, make in drawn.items() if name in ALWAYS or name in told_of]
 
 
 def norm_figure(
@@ -101,8 +108,10 @@ def norm_figure(
     )
 
 
-def heat_map(source: ColumnDataSource, heat: Heat, layers: Sequence[str], steps: Range1d) -> Drawn:
-    rows = max(len(layers), 1)
+def heat_map(
+    sources: Mapping[str, ColumnDataSource], heat: Heat, layers: Sequence[str], steps: Range1d
+) -> Drawn:
+    source, rows = sources["heat"], max(len(layers), 1)
     height = min(max(140 + 16 * rows, 220), 560)
     plot = plot_of("layers", steps, "", log=False, height=height)
     plot.y_range = Range1d(start=rows - 0.5, end=-0.5, bounds=(-0.5, rows - 0.5), name="layer rows")
@@ -139,6 +148,12 @@ def heat_map(source: ColumnDataSource, heat: Heat, layers: Sequence[str], steps:
             ),
             "right",
         )  # fmt: skip
+    plot.quad(
+        left="left", right="right", top="top", bottom="bottom", source=sources["learning"],
+        line_color=None, fill_color=LIMITS, fill_alpha=0.1, hatch_pattern="right_diagonal_line",
+        hatch_color=LIMITS, hatch_alpha=0.35, hatch_scale=10.0, hatch_weight=1.0,
+        name="learning picture departure",
+    )  # fmt: skip
     plot.toolbar.autohide = True
     together = (
         f" {heat.layers_a_row} neighbouring layers share a row, which shows the largest of them."
@@ -151,7 +166,8 @@ def heat_map(source: ColumnDataSource, heat: Heat, layers: Sequence[str], steps:
         "The gradient norm of each layer before clipping, the first layer on top. As a departure: "
         "how many times what is usual for that layer, so that an odd layer "
         "stands out of large ones; or as it is. Each column shows its largest step. Pink is not "
-        f"finite.{together}",
+        f"finite. Hatched are the first {LEARNING} steps of the run, in which what is usual is "
+        f"learnt: there only what is 100 times as large, or as small, has a colour.{together}",
         plot,
     )
 
@@ -182,17 +198,19 @@ def clip_figure(sources: Mapping[str, ColumnDataSource], steps: Range1d) -> Draw
     )
 
 
-def loss_figure(sources: Mapping[str, ColumnDataSource], steps: Range1d) -> Drawn:
+def loss_figure(sources: Mapping[str, ColumnDataSource], steps: Range1d, *, log: bool) -> Drawn:
     source = sources["training"]
-    plot = plot_of("loss", steps, "loss", log=False, height=LOW_HEIGHT)
+    plot = plot_of("loss", steps, "loss", log=log, height=LOW_HEIGHT)
     nonfinite_bars(plot, sources["bad loss"])
+    alert_lines(plot, sources["alert"])
     line = plot.line("x", "loss", source=source, color=BEFORE, line_width=1.5)
     hover(plot, [line], [("loss", "@loss{0.0000}")])
     return Drawn(
         "loss",
         "Loss",
-        "As it was logged with watch.log(loss=...), the largest of each column. A pink bar is a "
-        "loss that is not finite.",
+        "As it was logged with watch.log(loss=...), the largest of each column. "
+        f"{'Logarithmic. ' if log else ''}A pink bar is a loss that is not finite; a dotted line "
+        "is an alert.",
         plot,
     )
 
@@ -200,6 +218,7 @@ def loss_figure(sources: Mapping[str, ColumnDataSource], steps: Range1d) -> Draw
 def settings_figure(sources: Mapping[str, ColumnDataSource], steps: Range1d) -> Drawn:
     source = sources["training"]
     plot = plot_of("settings", steps, "value", log=True, height=LOW_HEIGHT)
+    alert_lines(plot, sources["alert"])
     lines = [
         plot.line(
             "x", name, source=source, color=colour, line_width=1.5, line_dash=dash,
@@ -215,8 +234,8 @@ def settings_figure(sources: Mapping[str, ColumnDataSource], steps: Range1d) -> 
     return Drawn(
         "settings",
         "Learning rate and loss scale",
-        "Of the first group of the optimizer, and of the scaler where there is one, the least of "
-        "each column. Logarithmic.",
+        "Of the first group of the optimizer, and of the scaler where there is one, the largest "
+        "learning rate and the least scale of each column. Logarithmic; a dotted line is an alert.",
         plot,
     )
 

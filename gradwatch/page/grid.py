@@ -18,7 +18,7 @@ import numpy.typing as npt
 from gradwatch.page.reading import Rows
 from gradwatch.records import Float32s, Float64s
 
-__all__ = ["Grid", "Indices", "columns_for", "grid_of", "joined", "with_usual"]
+__all__ = ["LEARNING", "Grid", "Indices", "columns_for", "grid_of", "joined", "with_usual"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -39,6 +39,10 @@ HOW: dict[str, np.ufunc] = {
     "time": np.fmax,
     "count": np.add,
 }
+
+
+LEARNING = 128
+"""Steps at the beginning of a run in which what is usual is learnt: the window of the detectors."""
 
 
 @dataclass(frozen=True)

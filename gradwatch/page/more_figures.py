@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from bokeh.models import ColumnDataSource, Range1d
 
 from gradwatch.page.colours import BEFORE, MORE
-from gradwatch.page.columns import Columns, short
+from gradwatch.page.columns import Columns, short, spans_decades
 from gradwatch.page.plots import (
     DASHES,
     HEIGHT,
@@ -135,10 +136,13 @@ def _lines(
 def compared(runs: Mapping[str, Mapping[str, Columns]], steps: tuple[float, float]) -> list[Drawn]:
     """Several runs over each other, by the name that is shown."""
     shared = steps_range(*steps)
+    losses = [np.asarray(columns["training"]["loss"]) for columns in runs.values()]
+    log_loss = spans_decades(np.concatenate(losses))
     wanted = (
         ("total norm", "norm", "before", "L2 norm of the gradient", True,
          "The whole gradient before clipping, the largest step of each column. Logarithmic."),
-        ("loss", "training", "loss", "loss", False, "The loss as it was logged."),
+        ("loss", "training", "loss", "loss", log_loss,
+         f"The loss as it was logged.{' Logarithmic.' if log_loss else ''}"),
         ("clip multiplier", "clip", "coef", "multiplier", False,
          "Norm after clipping over norm before, the least of each column."),
         ("learning rate", "training", "learning_rate", "learning rate", True, "Logarithmic."),

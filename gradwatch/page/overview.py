@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from gradwatch.page.grid import Grid, Indices, columns_for, grid_of, joined, with_usual
+from gradwatch.page.grid import LEARNING, Grid, Indices, columns_for, grid_of, joined, with_usual
 from gradwatch.page.reading import Rows
 from gradwatch.records import Float32s, Float64s
 
@@ -26,8 +26,11 @@ MEMORY_STEPS = 256.0
 """By which a baseline forgets."""
 
 WINSOR = 0.5
-"""Decades that a column may differ from the baseline at most when it enters it: an explosion
-becomes the norm after thousands of steps, not at once."""
+"""Decades that a column may move the baseline by at most; what is as far above it does not enter
+before it has lasted."""
+
+LASTING = 2000
+"""Steps after which it does, as the detectors have it: an explosion does not become the norm."""
 
 SAMPLED = 4
 """One step in so many has a part in the baseline."""
@@ -92,11 +95,15 @@ class Overview:
 
 class Baseline:
     """For each layer log10 of its usual norm: a moving mean over columns, each with its own mean
-    logarithm, in which no column moves it far."""
+    logarithm, in which no column moves it far; it begins with the median of the first ones."""
 
     def __init__(self, num_layers: int, width: int) -> None:
         self._usual_L: Float64s = np.full(num_layers, np.nan)
         self._seen_L: Float64s = np.zeros(num_layers)
+        self._early_KL: Float64s = np.full((LEARNING // LEAST_WIDTH, num_layers), np.nan)
+        self._above_L: Float64s = np.zeros(num_layers)
+        """Steps for which a layer has been far above."""
+
         self._sum_L: Float64s = np.zeros(num_layers)
         self._count_L: Float64s = np.zeros(num_layers)
         self._is_known = False
@@ -152,10 +159,22 @@ class Baseline:
     def _close(self) -> None:
         known = self._count_L > 0
         mean_L = self._mean()
+        is_early = known & (self._seen_L * self._width < LEARNING)
         share = np.maximum(1 - math.exp(-self._width / MEMORY_STEPS), 1 / (self._seen_L + 1))
-        moved = np.clip(mean_L - self._usual_L, -WINSOR, WINSOR)
+        away_L = mean_L - self._usual_L
+        is_above = (away_L > WINSOR) & ~is_early
+        self._above_L = np.where(is_above, self._above_L + self._width, 0)
+        is_barred = is_above & (self._above_L < LASTING)
+        moved = np.where(is_barred, 0, np.clip(away_L, -WINSOR, WINSOR))
         later = np.where(self._seen_L > 0, self._usual_L + share * moved, mean_L)
         self._usual_L = np.where(known, later, self._usual_L)
         self._seen_L += known
+        self._learn(np.flatnonzero(is_early), mean_L)
         self._is_known = self._is_known or bool((self._seen_L > 0).all())
         self._sum_L[:] = self._count_L[:] = 0
+
+    def _learn(self, layers: Indices, mean_L: Float64s) -> None:
+        """While a run starts, its norms go anywhere: the median so far is usual."""
+        if len(layers):
+            self._early_KL[self._seen_L[layers].astype(np.int64) - 1, layers] = mean_L[layers]
+            self._usual_L[layers] = np.nanmedian(self._early_KL[:, layers], axis=0)

@@ -21,10 +21,16 @@ BROWSERS = (
     "microsoft-edge", "msedge", "brave-browser",
 )  # fmt: skip
 
-SIZE = (1200, 1010)
+SIZE = (1200, 1500)
 """Down to the layers."""
 
-NOTHING_TO_PRESS = "<style>.right, .switch, .under { display: none }</style></head>"
+FOR_A_PICTURE = (
+    "<style>.right, .switch, .under, figure:not([data-name=heat]) figcaption "
+    "{ display: none } h2 { margin-top: 8px }"
+    "</style></head>"
+)
+"""Nothing to press, and no room for explanations."""
+
 WAIT_SECONDS = 60.0
 DRAWN_MS = 10_000
 """Of the page's own clock, which does not run while it works."""
@@ -52,7 +58,7 @@ def take_picture(report: str, output: Path, browser: str = "") -> None:
         )
     with tempfile.TemporaryDirectory() as folder:
         page, picture = Path(folder, "report.html"), Path(folder, "report.png")
-        page.write_text(report.replace("</head>", NOTHING_TO_PRESS, 1), encoding="utf-8")
+        page.write_text(report.replace("</head>", FOR_A_PICTURE, 1), encoding="utf-8")
         # Chromium's sandbox does not work for root; the page is ours and may load nothing.
         as_root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         command = [

@@ -17,7 +17,7 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from gradwatch.page.colours import NONFINITE
+from gradwatch.page.colours import LEVELS, NONFINITE
 from gradwatch.page.columns import Columns
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "HEIGHT",
     "LOW_HEIGHT",
     "Drawn",
+    "alert_lines",
     "hover",
     "legend",
     "nonfinite_bars",
@@ -34,7 +35,7 @@ __all__ = [
     "steps_range",
 ]
 
-HEIGHT, LOW_HEIGHT = 300, 200
+HEIGHT, LOW_HEIGHT = 280, 180
 MARGINS = (140, 96)
 """Pixels at the left and at the right of every figure, so that steps stand above each other."""
 
@@ -86,6 +87,13 @@ def second_axis(plot: Any, name: str, label: str, values: Range1d) -> None:
 
 def nonfinite_bars(plot: Any, source: ColumnDataSource) -> None:
     plot.vspan(x="x", source=source, line_color=NONFINITE, line_width=3, line_alpha=0.6)
+
+
+def alert_lines(plot: Any, source: ColumnDataSource) -> None:
+    plot.vspan(
+        x="x", source=source, line_color=LEVELS["alert"], line_width=1.2, line_dash="dotted",
+        line_alpha=0.8,
+    )  # fmt: skip
 
 
 def hover(plot: Any, renderers: Sequence[Any], shown: Sequence[tuple[str, str]]) -> None:

@@ -24,7 +24,8 @@ from gradwatch.page.plots import Drawn
 from gradwatch.page.watched import Seen, Watched
 from gradwatch.page.words import environment, number, share, shown
 from gradwatch.records import Anomaly
-from gradwatch.report.card import card_lines
+from gradwatch.report.card import detail_lines
+from gradwatch.report.findings import ORDER, Listed, listed
 
 __all__ = ["html_report", "markdown_report"]
 
@@ -38,8 +39,11 @@ CHART_WIDTH = 80
 STATIC = Path(__file__).with_name("static")
 
 
-def html_report(path: Path) -> str:
+def html_report(path: Path, *, still: bool = False) -> str:
     """One file that needs nothing else, neither a network nor gradwatch.
+
+    Args:
+        still: nobody can press anything, since a picture is taken of it.
 
     Raises:
         RecordingError: the recording cannot be read.
@@ -48,9 +52,11 @@ def html_report(path: Path) -> str:
     seen = watched.look()
     drawn = _figures(watched, seen, (seen.first, seen.last + 1), MOST_ROWS)
     around = [
-        (title, _renamed(_figures(watched, seen, steps, ROWS_AROUND)[:2], f"around {place}"))
+        (title, _renamed(_leading(_figures(watched, seen, steps, ROWS_AROUND)), f"around {place}"))
         for place, (title, steps) in enumerate(_windows(seen))
     ]
+    for one in drawn if still else ():
+        one.model.toolbar_location = None
     everything = [*drawn, *(one for _, some in around for one in some)]
     scripts = [_script(bokeh_script().decode()), _script((STATIC / "page.js").read_text("utf-8"))]
     card = seen.stands.verdict.card
@@ -68,11 +74,12 @@ def html_report(path: Path) -> str:
             style=Markup((STATIC / "page.css").read_text("utf-8")),
             scripts=[Markup(text) for text in scripts],
             hashes=" ".join(f"'sha256-{_sha256(text)}'" for text in scripts),
-            drawn=drawn,
+            drawn=_leading(drawn),
+            others=drawn[len(_leading(drawn)) :],
             around=around,
             bokeh=for_script(figures_json(everything) if everything else None),
             page=for_script(facts),
-            card="\n".join(card_lines(card, 110)) if card is not None else "",
+            card="\n".join(detail_lines(card, 110)) if card is not None else "",
             environment=views.environment_of(seen.stands),
             stamp="",
         )
@@ -116,18 +123,33 @@ def _markdown(watched: Watched, seen: Seen) -> Iterator[str]:
         chart = log_chart(columns(norms, len(norms), width), 3)
         yield f"Total norm before clipping, steps {seen.first} to {seen.last}, logarithmic:"
         yield from _block(chart)
-    if stands.verdict.card is not None:
-        yield from _block(card_lines(stands.verdict.card, 100))
-    findings = [one for one in known.anomalies if one.level != "event"]
-    if findings:
-        yield f"Findings ({len(findings)}):"
-        yield ""
-        for one in findings[:MOST_LISTED]:
-            yield f"- step {one.step}, {one.level}: {_text(shown(one.message, 400))}"
-        yield ""
+    if (card := stands.verdict.card) is not None:
+        yield f"The steps before step {card.step}:"
+        yield from _block(detail_lines(card, 100))
+    yield from _listed(listed(known.anomalies, known.cards, MOST_LISTED))
     if stands.policy:
         yield from _folded("policy", stands.policy.splitlines())
     yield from _folded("environment", (f"{k}: {v}" for k, v in views.environment_of(stands)))
+
+
+def _listed(findings: Listed) -> Iterator[str]:
+    if not findings.all:
+        return
+    events = f"; {findings.events} one-step events are not listed" if findings.events else ""
+    yield f"Findings, {ORDER}{events}:"
+    yield ""
+    for place, one in enumerate(findings.all):
+        if findings.left_out and place == len(findings.first):
+            yield f"- ... {findings.left_out} more ..."
+        said = _text(shown(one.message, 400))
+        yield f"- step {one.step}, {one.level} {one.kind}: {said}"
+    yield ""
+
+
+def _leading(drawn: Sequence[Drawn]) -> list[Drawn]:
+    """What explains a verdict: all up to the layers."""
+    names = [one.name for one in drawn]
+    return list(drawn[: names.index("heat") + 1]) if "heat" in names else list(drawn)
 
 
 def _figures(watched: Watched, seen: Seen, steps: tuple[int, int], rows: int) -> list[Drawn]:
@@ -135,8 +157,8 @@ def _figures(watched: Watched, seen: Seen, steps: tuple[int, int], rows: int) ->
     if grid is None:
         return []
     info = seen.stands.info
-    columns = run_columns(grid, seen.stands.known.anomalies, info.rules, rows)
-    heat = heat_of(grid, rows)
+    columns = run_columns(grid, seen.stands.known.anomalies, info.rules, rows, seen.first)
+    heat = heat_of(grid, rows, seen.first)
     layers, range_ = info.layout.layers, (steps[0], steps[1] - 1)
     return run_figures(columns, heat, layers, info.rules, range_, seen.told_of)
 

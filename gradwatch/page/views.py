@@ -22,7 +22,9 @@ from gradwatch.page.plots import Drawn
 from gradwatch.page.watched import Seen, Watched
 from gradwatch.page.words import query
 from gradwatch.recording.cards import Card
-from gradwatch.report.card import card_lines, printable, told
+from gradwatch.report.card import detail_lines, printable, told
+from gradwatch.report.findings import ORDER, listed
+from gradwatch.report.moments import utc
 from gradwatch.report.standing import Stands
 
 __all__ = [
@@ -125,7 +127,7 @@ def card_page(name: str, watched: Watched, card: Card, asked: Steps) -> dict[str
         asked = max(card.step - AROUND, seen.first), card.step + AROUND
     start, stop = within(seen, asked)
     info = seen.stands.info
-    told_of = [name for name in seen.told_of if name == "loss"]
+    told_of = [name for name in seen.told_of if name != "noise"]
     where = card.layer or (card.culprit.module if card.culprit else None)
     links = []
     if where in info.layout.layers:
@@ -139,9 +141,9 @@ def card_page(name: str, watched: Watched, card: Card, asked: Steps) -> dict[str
         **_filled(watched, seen, name, asked, told_of, {"layers": _names(info.layout.layers)}),
         "heading": f"Step {card.step}: {card.level} {card.kind}{in_}",
         "way": [(info.run, f"run?{query({'r': name})}")],
-        "lines": told(card),
+        "lines": [("when", f"{utc(card.time)}, found in step {card.step}"), *told(card)],
         "links": links,
-        "text": "\n".join(card_lines(card, 110)),
+        "text": "\n".join(detail_lines(card, 110)),
     }
 
 
@@ -201,18 +203,13 @@ def within(seen: Seen, asked: Steps) -> tuple[int, int]:
 
 def run_tables(name: str, seen: Seen, ranks: Mapping[int, str]) -> dict[str, Any]:
     known = seen.stands.known
-    cards = {(card.step, card.kind) for card in known.cards}
-    findings = [one for one in known.anomalies if one.level != "event"]
     return {
         "name": name,
         "seen": seen,
         "stands": seen.stands,
         "ranks": ranks,
-        "findings": [
-            (one, (one.step, one.kind) in cards) for one in reversed(findings[-MOST_FINDINGS:])
-        ],
-        "older": max(0, len(findings) - MOST_FINDINGS),
-        "events": len(known.anomalies) - len(findings),
+        "order": ORDER,
+        "findings": listed(known.anomalies, known.cards, MOST_FINDINGS),
     }
 
 
@@ -268,8 +265,9 @@ def _filled(
 
 def _shown(grid: Grid, seen: Seen) -> dict[str, Any]:
     """What the figures of a run are filled with."""
-    heat = heat_of(grid)
-    columns = run_columns(grid, seen.stands.known.anomalies, seen.stands.info.rules)
+    heat = heat_of(grid, begun=seen.first)
+    known, rules = seen.stands.known, seen.stands.info.rules
+    columns = run_columns(grid, known.anomalies, rules, begun=seen.first)
     encoded = columns_json({**columns, "heat": heat.columns})
     return {"columns": encoded, "absolute": [heat.low, heat.high]}
 

@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 import jinja2
 
 from gradwatch.page.columns import short
-from gradwatch.report.verdict import duration
+from gradwatch.report.moments import duration, utc
 
 __all__ = ["environment", "number", "query"]
 
@@ -24,7 +24,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"number": number, "short": shown, "when": when, "ago": ago, "share": share}
+    made.filters |= {"number": number, "short": shown, "when": utc, "ago": ago, "share": share}
     made.filters |= {"query": query, "block": block}
     return made
 
@@ -50,14 +50,6 @@ def shown(text: str | None, most: int = 60) -> str:
 def block(text: str, most: int = 20_000) -> str:
     """Lines from outside, as they are but for what would act on a page."""
     return "\n".join(shown(line, 400) for line in text[:most].split("\n"))
-
-
-def when(seconds: float) -> str:
-    """Local time, or nothing where it is not known or no time."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-    except (ValueError, OverflowError, OSError):
-        return "–"
 
 
 def ago(seconds: float) -> str:

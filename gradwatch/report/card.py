@@ -6,17 +6,38 @@ The first three lines are for whoever reads no further.
 from __future__ import annotations
 
 import math
+import re
 import textwrap
-import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from gradwatch.chart import log_chart
 from gradwatch.recording.cards import Card
-from gradwatch.records import Origin
+from gradwatch.records import Culprit, Origin
+from gradwatch.report.advice import Later, to_do
+from gradwatch.report.course import (
+    first_step,
+    num_hit,
+    rise_before,
+    steps_before,
+    steps_clipped,
+    what_is_hit,
+)
+from gradwatch.report.moments import utc
+from gradwatch.rules.culprit import REPLAY_HINT
 
-__all__ = ["card_lines", "headline", "labelled", "printable", "told"]
+__all__ = [
+    "card_lines",
+    "detail_lines",
+    "found",
+    "headline",
+    "labelled",
+    "printable",
+    "told",
+    "what_came_before",
+    "widest",
+]
 
 WIDEST_NAME = 60
 MOST_SAID = 2000
@@ -25,14 +46,10 @@ MOST_SAID = 2000
 LABEL = 11
 """Columns."""
 
-LATENCY = 5
-"""Steps that it may have lasted when it is found."""
+THE_LOSS = "the loss"
+"""Beside what `Culprit.near` may have."""
 
-RAISED = 1.5
-"""Times its first value that a learning rate must be to be spoken of."""
-
-RISEN = 1.3
-"""Times its median that a loss must be to have risen."""
+TIMES = re.compile(r" is ([\d.e+]+)x its median ")
 
 AT_ONCE = 3
 """Steps with a bad batch that are named."""
@@ -49,29 +66,6 @@ BEGAN: dict[Origin, str] = {
     "loss": "the loss",
     "gradient": "the backward pass, at {where}",
 }
-TO_DO: dict[Origin, str] = {
-    "input": "look at the batch and at how it was read and normalised; training itself is fine",
-    "weight": "go back to {checkpoint}: no later step mends these weights. Look for the first step "
-    "of this recording that was not finite",
-    "forward": "look in that module for a division, a logarithm, a root or an exponential of "
-    "what it was given, and for float16 that overflows (bfloat16 does not)",
-    "loss": "look at the targets of the batch and at the loss function: a logarithm of 0, a "
-    "division by a count of 0, labels out of range",
-    "gradient": "look there for a function whose slope is infinite (a root or a norm at 0), and "
-    "for float16 that overflows on the way back",
-}
-OTHERWISE = {
-    "exploding": "where the loss has risen too, go back to {checkpoint} and lower the learning "
-    "rate or clip; where it has not, let it run",
-    "loss_spike": "look at the batches of these steps; where it does not come down, go back to "
-    "{checkpoint}",
-    "diverging": "go back to the last healthy checkpoint and lower the learning rate",
-    "rank_divergence": "go back to {checkpoint}: since then the ranks train different models. Look "
-    "for memory errors and for code that one rank alone runs",
-    "rank_outlier": "compare the data, the seed and the hardware of that rank with the others",
-    "vanishing": "look at initialisation, normalisation and skip connections before that layer",
-    "loss_scale_collapse": "look for what is not finite at any scale: see the card before this one",
-}
 
 
 def headline(card: Card) -> str:
@@ -82,9 +76,16 @@ def headline(card: Card) -> str:
 
 def card_lines(card: Card, width: int = 100) -> Iterator[str]:
     """The whole card; what is text is wrapped, tables are not."""
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(card.time))
-    yield f"{headline(card)}, {when}, run {printable(card.environment.get('run', ''))}"
-    for label, text in (*told(card), *_evidence(card)):
+    run = printable(card.environment.get("run", ""))
+    yield f"{headline(card)}, {utc(card.time)}, run {run}"
+    for label, text in told(card):
+        yield from labelled(label, text, width)
+    yield from detail_lines(card, width)
+
+
+def detail_lines(card: Card, width: int = 100) -> Iterator[str]:
+    """The card without what it comes to, for where that is said already."""
+    for label, text in (("found", found(card)), *_evidence(card)):
         yield from labelled(label, text, width)
     yield ""
     yield from _history(card)
@@ -101,62 +102,111 @@ def labelled(label: str, text: str, width: int) -> list[str]:
     )  # fmt: skip
 
 
-def _began(card: Card) -> str:
-    culprit = card.culprit
-    if culprit is None or culprit.origin is None:
-        where = f"; worst layer {printable(card.layer)}" if card.layer else ""
-        return f"not determined{where}"
+def told(card: Card, later: Later | None = None) -> list[tuple[str, str]]:
+    """Labels and sentences: how it began, what was done, what to do."""
+    return [
+        ("began", _began(card)),
+        ("done", _done(card)),
+        ("to do", to_do(card, later)),
+    ]
+
+
+def found(card: Card) -> str:
+    """What the detector says, without what `told` has of where it began."""
+    return printable(_without_hint(card.message, card.culprit), MOST_SAID)
+
+
+def what_came_before(card: Card) -> list[str]:
+    """Clauses, each a fact: what went bad first, what had changed just before."""
+    culprit, said = card.culprit, []
+    if culprit is not None and culprit.origin is not None:
+        said.append(f"began in {_origin(culprit)}")
+    rise = rise_before(card)
+    if rise is not None:
+        steps = first_step(card) - rise.step
+        said.append(
+            f"{steps} step{'s' * (steps != 1)} after the learning rate rose {rise.times:.3g}x"
+        )
+    elif culprit is not None and THE_LOSS in culprit.near:
+        said.append("together with the loss")
+    return said
+
+
+def widest(card: Card, num_layers: int = 0) -> str:
+    """How many layers, or which one; empty where none is meant.
+
+    Args:
+        num_layers: of the model; 0 where that is not known.
+    """
+    hit = num_hit(card)
+    if hit > 1:
+        noun = what_is_hit(card)
+        return f"all {hit} layers" if (noun, hit) == ("layers", num_layers) else f"{hit} {noun}"
+    return printable(card.layer or "")
+
+
+def _origin(culprit: Culprit) -> str:
+    assert culprit.origin is not None
     where = culprit.module or " and ".join(culprit.near)
     return BEGAN[culprit.origin].format(where=printable(where))
 
 
-def _done(card: Card) -> str:
-    if card.environment.get("mode") != "enforce" and (card.skipped or card.clip_coef < 1):
-        return "nothing: the policy is not enforced, and the step was taken as it was"
-    if card.skipped:
-        return f"the step was skipped ({printable(card.skipped)}): weights and optimizer as before"
-    if card.clip_coef < 1:
-        fired = ", ".join(printable(rule) for rule in card.fired)
-        return f"the gradient was multiplied by {card.clip_coef:.3g} ({fired}), and the step taken"
-    return "nothing: the step was taken as it was"
-
-
-def _to_do(card: Card) -> str:
-    checkpoint = f"a checkpoint from before step {max(0, card.step - LATENCY)}"
-    origin = None if card.culprit is None else card.culprit.origin
-    if card.kind == "exploding":
-        said = _after_an_explosion(card)
-    elif card.kind in OTHERWISE:
-        said = OTHERWISE[card.kind]
-    elif origin is not None:
-        said = TO_DO[origin]
-    elif card.kind == "nonfinite":
-        said = "set detect.culprit: replay in the policy, which names where it began the next time"
-        if card.skipped:
-            said = f"nothing urgent if it is this step alone. Look at its batch; {said}"
-        else:
-            said = f"where the loss is not finite, go back to {{checkpoint}}; {said}"
-    else:
-        said = f"see what docs/detectors.md says of {card.kind}"
-    return said.format(checkpoint=checkpoint)
-
-
-def _after_an_explosion(card: Card) -> str:
-    """By what the learning rate and the loss have done in the steps of the card."""
-    rates = [rate for rate in card.series.get("learning_rate", ()) if math.isfinite(rate)]
-    raised = ""
-    if rates and max(rates) > RAISED * rates[0] > 0:
-        raised = f"find what set the learning rate to {max(rates):.3g} ({rates[0]:.3g} before). "
-    losses = [loss for loss in card.series.get("loss", ()) if not math.isnan(loss)]
-    if len(losses) < 2 * LATENCY:
-        return raised + OTHERWISE["exploding"]
-    before, now = float(np.median(losses[:-LATENCY])), max(losses[-LATENCY:])
-    if now > RISEN * before:
-        return (
-            f"{raised}The loss has risen too, from {before:.3g} to {now:.3g}: if it stays up, go "
-            "back to {checkpoint}, and lower the learning rate or the limit"
+def _began(card: Card) -> str:
+    culprit, first, rise = card.culprit, first_step(card), rise_before(card)
+    said = []
+    if rise is not None:
+        rates = f"from {rise.before:.3g} to {rise.after:.3g}"
+        said.append(f"at step {rise.step} the learning rate rose {rates}")
+    hit = num_hit(card)
+    many = hit > 1 and card.layer is not None and card.kind != "nonfinite"
+    if rise is not None or first < card.step:
+        said.append(
+            f"{card.kind} from step {first} on{f' in {hit} {what_is_hit(card)}' if many else ''}"
         )
-    return f"{raised}The loss has not risen ({before:.3g} before, {now:.3g} now): let it run"
+    if culprit is not None and culprit.origin is not None:
+        said.append(f"in {_origin(culprit)}")
+    elif culprit is not None and card.kind == "nonfinite":
+        said.append(culprit.message.removesuffix(REPLAY_HINT))
+    if many:
+        worst = f"{printable(card.layer)}{_times(card)}"
+        how = "furthest above its own median" if _times(card) else "furthest off"
+        said.append(f"{how} in step {card.step}: {worst}")
+    elif card.layer and (culprit is None or culprit.module != card.layer):
+        said.append(f"layer {printable(card.layer)}{_times(card)}")
+    return printable("; ".join(said) or "not determined", MOST_SAID)
+
+
+def _times(card: Card) -> str:
+    """By which the detector has it, so that no second median is told of."""
+    ratio = TIMES.search(card.message)
+    return f" ({ratio[1]}x)" if ratio is not None else ""
+
+
+def _done(card: Card) -> str:
+    if card.environment.get("mode") != "enforce":
+        return f"nothing: no policy is enforced, and step {card.step} was taken as it was"
+    if card.skipped:
+        reason = printable(card.skipped)
+        return f"step {card.step} was skipped ({reason}): weights and optimizer as before"
+    clipped = steps_clipped(card)
+    if not clipped:
+        return f"nothing: step {card.step} was taken as it was"
+    one = len(clipped) == 1
+    which = f"step {clipped[0]} was" if one else f"steps {clipped[0]} to {clipped[-1]} were"
+    if clipped[-1] - clipped[0] >= len(clipped):
+        which = f"{len(clipped)} of the steps {clipped[0]} to {clipped[-1]} were"
+    fired = ", ".join(printable(rule) for rule in card.fired)
+    by = ""
+    if card.clip_coef < 1:
+        by = f" by the rule {fired} (step {card.step} to {card.clip_coef:.3g} of its norm)"
+    return f"{which} clipped{by} and taken"
+
+
+def _without_hint(message: str, culprit: Culprit | None) -> str:
+    """Of what is not determined a message of the log says more than a page has to repeat."""
+    if culprit is not None and culprit.message and culprit.origin is None:
+        message = message.replace(f"; {culprit.message}", "")
+    return message.replace(REPLAY_HINT, "")
 
 
 def _evidence(card: Card) -> Iterator[tuple[str, str]]:
@@ -176,19 +226,23 @@ def _evidence(card: Card) -> Iterator[tuple[str, str]]:
 
 
 def _history(card: Card) -> Iterator[str]:
-    """A line for each series: its course, its median before the step, and its value in it."""
+    """A line for each series: its course, its median before the finding, its value at the end."""
     rows = {name: card.series[name] for name in ("total_norm", "loss") if name in card.series}
+    rows["learning rate"] = card.series.get("learning_rate", ())
     rows = {**rows, **{f"layer {printable(name)}": norms for name, norms in card.norms.items()}}
     width = max(len(name) for name in rows)
+    until = max(steps_before(card), 1)
     steps = f"steps {card.steps[0]} to {card.steps[-1]}"
-    yield f"{steps:<{width}}  {'':<{len(card.steps)}}  {'median before':>13}  {'at step':>10}"
+    before = f"median to {card.steps[until - 1]}"
+    end = f"step {card.steps[-1]}"
+    yield f"{steps:<{width}}  {'':<{len(card.steps)}}  {before:>14}  {end:>10}"
     for name, values in rows.items():
-        if all(map(math.isnan, values)) and name == "loss":
+        if all(map(math.isnan, values)) and not name.startswith(("total_norm", "layer ")):
             continue
         chart = log_chart(values, 1)[0]
-        before = [value for value in values[:-1] if math.isfinite(value)]
-        median = f"{np.median(before):.4g}" if before else "-"
-        yield f"{name:<{width}}  {chart}  {median:>13}  {values[-1]:>10.4g}"
+        usual = [value for value in values[:until] if math.isfinite(value)]
+        median = f"{np.median(usual):.4g}" if usual else "-"
+        yield f"{name:<{width}}  {chart}  {median:>14}  {values[-1]:>10.4g}"
 
 
 def _conditions(card: Card) -> Iterator[tuple[str, str]]:
@@ -222,13 +276,3 @@ def printable(text: str | None, widest: int = WIDEST_NAME) -> str:
     """Text from outside, without what a terminal would act on, and cut where it is long."""
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text or "")
     return shown if len(shown) <= widest else f"{shown[: widest - 3]}..."
-
-
-def told(card: Card) -> list[tuple[str, str]]:
-    """Labels and sentences: where it began, what was done, what to do, what was found."""
-    return [
-        ("began in", _began(card)),
-        ("done", _done(card)),
-        ("to do", _to_do(card)),
-        ("found", printable(card.message, MOST_SAID)),
-    ]

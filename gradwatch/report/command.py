@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from gradwatch.errors import RecordingError
-from gradwatch.recording.cards import Card
 from gradwatch.recording.reader import Recording, open_recording
-from gradwatch.records import Anomaly
-from gradwatch.report.card import card_lines, headline, labelled, printable
+from gradwatch.report.card import card_lines, labelled, printable
+from gradwatch.report.findings import ORDER, Listed, findings_of, listed
 from gradwatch.report.standing import Standing
-from gradwatch.report.verdict import urgency
 
 __all__ = ["print_report"]
 
@@ -41,9 +38,9 @@ def _lines(recording: Recording, last_anomaly: bool, step: int | None) -> Iterat
             known = ", ".join(str(card.step) for card in cards[-MOST_LISTED:]) or "none"
             raise RecordingError(f"{recording.path}: no card of step {step}. There are: {known}")
     elif last_anomaly:
-        cards = [card for card, _ in _episodes(cards, recording.anomalies())]
-        at_last = [card for card in cards if card.step == cards[-1].step]
-        chosen = sorted(at_last, key=lambda card: urgency(card.kind))[:1]
+        every = findings_of(recording.anomalies(), cards)
+        cards = [one.card for one in every if one.card is not None]
+        chosen = [card for card in cards if card.step == cards[-1].step][:1]
         if not chosen:
             yield f"run {printable(recording.info.run)}: no warning and no alert"
             return
@@ -59,45 +56,35 @@ def _lines(recording: Recording, last_anomaly: bool, step: int | None) -> Iterat
 
 
 def _overview(recording: Recording) -> Iterator[str]:
-    cards, info = recording.cards(), recording.info
-    steps = recording.last(1)
+    info, steps = recording.info, recording.last(1)
     reached = f"step {steps[-1].step}" if steps else "no step yet"
     yield f"run {printable(info.run)}, rank {info.rank}: {recording.state}, {reached}, " + (
         f"{len(recording.layers)} layers"
     )
-    levels = Counter(anomaly.level for anomaly in recording.anomalies())
-    said = [
-        f"{levels[level]} {level}{'s' * (levels[level] != 1)}"
-        for level in ("alert", "warning", "event")
-    ]
-    verdict = Standing(recording.path).look().verdict
-    yield f"verdict: {verdict.headline} ({', '.join(said)})"
+    stands = Standing(recording.path).look()
+    known, verdict = stands.known, stands.verdict
+    yield from labelled("verdict:", verdict.headline, WIDTH)
     for label, text in verdict.lines:
         yield from labelled(label, text, WIDTH)
-    episodes = _episodes(cards, recording.anomalies())
-    if len(episodes) > MOST_LISTED:
-        yield f"the last {MOST_LISTED} of {len(episodes)} findings:"
-    for card, more in episodes[-MOST_LISTED:]:
-        what = "" if card.culprit is None else f": {printable(card.culprit.message, 400)}"
-        if more:
-            what += f" (and {len(more)} more step{'s' * (len(more) != 1)}, to {more[-1].step})"
-        yield from textwrap.wrap(
-            f"{headline(card)}{what}", WIDTH, initial_indent="  ", subsequent_indent=" " * 6,
-            break_on_hyphens=False,
-        )  # fmt: skip
-    if cards:
+    yield from _findings(listed(known.anomalies, known.cards, MOST_LISTED))
+    if known.cards:
         yield "--last-anomaly prints the whole card, --step N that of another step"
 
 
-def _episodes(cards: Sequence[Card], anomalies: Sequence[Anomaly]) -> list[tuple[Card, list[Card]]]:
-    """Each bad step of an episode has a card; the first one tells how it began."""
-    begun = {(anomaly.kind, anomaly.step) for anomaly in anomalies}
-    episodes: list[tuple[Card, list[Card]]] = []
-    newest: dict[str, list[Card]] = {}
-    for card in cards:
-        if (card.kind, card.step) in begun or card.kind not in newest:
-            newest[card.kind] = []
-            episodes.append((card, newest[card.kind]))
-        else:
-            newest[card.kind].append(card)
-    return episodes
+def _findings(findings: Listed) -> Iterator[str]:
+    events = f"{findings.events} one-step event{'s' * (findings.events != 1)}, which page nobody"
+    if not findings.all:
+        if findings.events:
+            yield from labelled("findings", f"none but {events}", WIDTH)
+        return
+    also = f", and {events}" if findings.events else ""
+    yield f"findings, {ORDER}{also}:"
+    for place, one in enumerate(findings.all):
+        if findings.left_out and place == len(findings.first):
+            yield f"  ... {findings.left_out} more ..."
+        more = len(one.more)
+        steps = f" (and {more} more step{'s' * (more != 1)}, to {one.more[-1]})" if more else ""
+        yield from textwrap.wrap(
+            f"step {one.step}  {one.level} {one.kind}: {printable(one.message, 400)}{steps}",
+            WIDTH, initial_indent="  ", subsequent_indent=" " * 6, break_on_hyphens=False,
+        )  # fmt: skip

@@ -18,11 +18,15 @@ from gradwatch.recording.reader import Recording
 from gradwatch.recording.tail import Tail
 from gradwatch.recording.writer import writer_lives
 from gradwatch.records import Anomaly, RunInfo, StepRecord
+from gradwatch.report.course import first_step
 from gradwatch.report.verdict import Known, Verdict, verdict
 
-__all__ = ["Standing", "Stands"]
+__all__ = ["RECENT", "Standing", "Stands"]
 
 RECENT = 50
+"""Steps that the share of clipped ones is of."""
+
+RECENT_LOSSES = 10
 CHUNK = 2000
 
 
@@ -56,6 +60,7 @@ class Standing:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._follower: Follower | None = None
+        self._times: dict[int, float] = {}
 
     def look(self) -> Stands:
         """
@@ -66,6 +71,7 @@ class Standing:
             info, state = checked(self.path, recording.info), recording.state
             anomalies, cards = recording.anomalies(), recording.cards()
             recent, policies = recording.last(RECENT), recording.policies()
+            self._note_times(recording, cards)
         if state == "running" and writer_lives(info) is False:
             state = "crashed"
         open_alerts = self._open(anomalies, cards, state)
@@ -75,6 +81,9 @@ class Standing:
             state=state,
             step=None if latest is None else latest.step,
             latest=latest,
+            recent_loss=_recent_loss(recent),
+            num_layers=len(info.layout.layers),
+            times=dict(self._times),
             last_time=math.nan if latest is None else latest.time,
             step_seconds=float(np.median(durations)) if durations else math.nan,
             anomalies=anomalies,
@@ -92,6 +101,14 @@ class Standing:
             policies=policies,
         )
 
+    def _note_times(self, recording: Recording, cards: Sequence[Card]) -> None:
+        """Of the steps in which alerts began; their cards know that of the finding."""
+        for card in cards:
+            first = first_step(card)
+            if card.level == "alert" and first != card.step and first not in self._times:
+                for record in recording.records(first, first + 1):
+                    self._times[first] = record.time
+
     def _open(
         self, anomalies: Sequence[Anomaly], cards: Sequence[Card], state: str
     ) -> Mapping[str, Sequence[str]] | None:
@@ -107,3 +124,8 @@ class Standing:
             if follower.caught_up:
                 break
         return None if follower.unjudged else dict(follower.tally.snapshot().active)
+
+
+def _recent_loss(recent: Sequence[StepRecord]) -> float:
+    losses = [one.scalars["loss"] for one in recent if "loss" in one.scalars]
+    return float(np.median(losses[-RECENT_LOSSES:])) if losses else math.nan

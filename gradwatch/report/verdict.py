@@ -5,18 +5,20 @@ done, what to do.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gradwatch.policy import KINDS
 from gradwatch.recording.cards import Card
 from gradwatch.records import Anomaly, StepRecord
-from gradwatch.report.card import printable, told
+from gradwatch.report.advice import Later
+from gradwatch.report.card import printable, told, what_came_before, widest
+from gradwatch.report.course import RISEN, first_step, num_hit, usual
+from gradwatch.report.findings import urgency
+from gradwatch.report.moments import duration, utc
 
-__all__ = ["Health", "Known", "Verdict", "duration", "urgency", "verdict"]
+__all__ = ["Health", "Known", "Verdict", "verdict"]
 
 Health = Literal["healthy", "over", "warning", "alert", "unknown"]
 """`over`: there were alerts, and none is open any more."""
@@ -24,8 +26,8 @@ Health = Literal["healthy", "over", "warning", "alert", "unknown"]
 SILENT_SECONDS, SILENT_STEPS = 60.0, 20.0
 """A run without a step for so long, and for so many of its usual steps, is said to be silent."""
 
-EARLIER = 10
-"""Steps of a card that are well before what it is of."""
+WORDS = {"nonfinite": "nonfinite (NaN or inf)"}
+"""Kinds that their names alone do not tell of."""
 
 JUST_BEFORE = 50
 """Steps between an alert and an end that it is named with."""
@@ -49,6 +51,15 @@ class Known:
 
     latest: StepRecord | None = None
     """Of that step."""
+
+    recent_loss: float = math.nan
+    """Median of the last ones that were logged."""
+
+    num_layers: int = 0
+    """Of the model; 0 where that is not known."""
+
+    times: Mapping[int, float] = field(default_factory=dict)
+    """Unix time of the steps in which what is found began, as far as they are known."""
 
     anomalies: Sequence[Anomaly] = ()
     cards: Sequence[Card] = ()
@@ -115,12 +126,13 @@ def verdict(known: Known, now: float | None = None) -> Verdict:
             health="healthy",
             headline=f"Healthy up to step {known.step:,}, with {_count(len(warnings), 'warning')}; "
             f"the last: {last.kind}{_in(last.layer)} at step {last.step}",
+            lines=_now(known, None),
             card=_card_at(known, last.step, last.kind),
         )
     return Verdict(
         health="healthy",
         headline=f"Healthy: no alert up to step {known.step:,}",
-        lines=[("to do", "nothing")],
+        lines=[("to do", "nothing"), *_now(known, None)],
     )
 
 
@@ -129,39 +141,73 @@ def _not_healthy(known: Known, alerts: Sequence[tuple[int, str]], now: float) ->
     begun = {kind: since for kind in kinds if (since := _since(known, alerts, kind)) is not None}
     if not begun:
         begun = {kind: step for step, kind in alerts[-1:]}
-    first = min(begun.values())
-    kind = min((k for k, step in begun.items() if step == first), key=urgency)
-    card = _card_at(known, first, kind)
+    cards = {kind: _card_at(known, step, kind) for kind, step in begun.items()}
+    kind = min(begun, key=lambda kind: _order(kind, begun[kind], cards[kind]))
+    card = cards[kind]
     others = sorted(set(begun) - {kind}, key=urgency)
-    ago = f", {duration(now - card.time)} ago" if card and known.state == "running" else ""
-    end = "" if known.state == "running" else f"; the run {known.state} at step {known.step}"
+    first = begun[kind] if card is None else first_step(card)
+    when = _time_of(known, first, card)
+    ago = f", {duration(now - when)} ago" if known.state == "running" else ""
+    moment = f" ({utc(when)}{ago})" if math.isfinite(when) else ""
     also = f"; also {', '.join(others)}" if others else ""
-    layer = card.layer if card else next(iter((known.open or {}).get(kind, ())), None)
+    end = "" if known.state == "running" else f"; the run {known.state} at step {known.step}"
     if known.state == "finished":
-        end = f"; still open when the run finished at step {known.step}"
+        end = f"; not over when the run finished at step {known.step}"
+    layer = next(iter((known.open or {}).get(kind, ())), None)
+    what = f"{kind}{_in(layer)}" if card is None else _told_shortly(known, card)
     return Verdict(
         health="alert",
-        headline=f"Not healthy since step {first}{ago}: {kind}{_in(layer)}{also}{end}",
-        lines=[*told(card), *_now(known, card)] if card else (),
+        headline=f"Not healthy since step {first}{moment}: {what}{also}{end}",
+        lines=[*told(card, _later(known, card)), *_now(known, card)] if card else (),
         card=card,
     )
 
 
-def _now(known: Known, card: Card) -> list[tuple[str, str]]:
+def _order(kind: str, step: int, card: Card | None) -> tuple[int, bool, int]:
+    """What began first, of that what says where, of that the most urgent."""
+    first = step if card is None else first_step(card)
+    return first, card is None or not num_hit(card), urgency(kind)
+
+
+def _told_shortly(known: Known, card: Card) -> str:
+    """`exploding in all 5 layers, 1 step after the learning rate rose 100x`."""
+    where = widest(card, known.num_layers)
+    kind = WORDS.get(card.kind, card.kind)
+    return ", ".join([f"{kind}{f' in {where}' if where else ''}", *what_came_before(card)])
+
+
+def _time_of(known: Known, step: int, card: Card | None) -> float:
+    """Of a step; of the finding where the step is not there any more."""
+    return known.times.get(step, math.nan if card is None else card.time)
+
+
+def _later(known: Known, card: Card) -> Later | None:
+    if known.step is None or known.step <= card.step:
+        return None
+    return Later(step=known.step, loss=known.recent_loss, calm_since=known.calm_since)
+
+
+def _now(known: Known, card: Card | None) -> list[tuple[str, str]]:
     """How it stands by now, beside how it was before the steps of the card."""
     latest = known.latest
-    if latest is None or latest.step <= card.step:
+    if latest is None or (card is not None and latest.step <= card.step):
         return []
-    values = {
-        "total norm": ("total_norm", latest.total_norm),
-        "loss": ("loss", latest.scalars.get("loss", math.nan)),
-        "learning rate": ("learning_rate", latest.learning_rate),
-    }
+    series = {} if card is None else card.series
+    values = [
+        ("loss", series.get("loss", ()), latest.scalars.get("loss", math.nan)),
+        ("total norm", series.get("total_norm", ()), latest.total_norm),
+        ("learning rate", series.get("learning_rate", ()), latest.learning_rate),
+    ]
+    # What an open alert is open by, where the run as a whole has come down.
+    for layer in [] if card is None else list((known.open or {}).get(card.kind, ()))[:1]:
+        if card is not None and layer in card.norms and layer in latest.layers:
+            norm = float(latest.grad_norms[latest.layers.index(layer)])
+            values.append((f"norm of {printable(layer)}", card.norms[layer], norm))
     said = []
-    for name, (series, value) in values.items():
-        before = [one for one in card.series.get(series, ())[:EARLIER] if math.isfinite(one)]
+    for name, course, value in values:
+        before = math.nan if card is None else usual(card, course)
         if not math.isnan(value):
-            was = f" ({statistics.median(before):.3g} before)" if before else ""
+            was = "" if math.isnan(before) else f" ({before:.3g} before)"
             said.append(f"{name} {value:.3g}{was}")
     return [("now", f"at step {latest.step}: {', '.join(said)}")]
 
@@ -182,12 +228,24 @@ def _over(known: Known, alerts: Sequence[tuple[int, str]]) -> Verdict:
         step, kind = earlier, other
     card = _card_at(known, step, kind)
     since = f" since step {known.calm_since}" if known.calm_since is not None else ""
+    first = step if card is None else first_step(card)
+    when = _time_of(known, first, card)
+    moment = f" ({utc(when)})" if math.isfinite(when) else ""
     which = "; see " if len(alerts) > 1 else ": "
+    what = kind if card is None else _told_shortly(known, card)
+    skipped = "; that step was skipped" if card is not None and card.skipped else ""
+    before = math.nan if card is None else usual(card, card.series.get("loss", ()))
+    is_up = known.recent_loss > RISEN * before
+    again = f"Healthy again{since}"
+    if is_up:
+        again = (
+            f"Loss still up, {known.recent_loss:.3g} ({before:.3g} before); no alert open{since}"
+        )
     return Verdict(
-        health="over",
-        headline=f"Healthy again{since}, after {_count(len(alerts), 'alert')}{which}{kind}"
-        f"{_in(card.layer if card else None)} at step {step}",
-        lines=told(card) if card else (),
+        health="warning" if is_up else "over",
+        headline=f"{again}, after {_count(len(alerts), 'alert')}{which}{what}, "
+        f"at step {first}{moment}{skipped}",
+        lines=[*told(card, _later(known, card)), *_now(known, card)] if card else (),
         card=card,
     )
 
@@ -209,25 +267,9 @@ def _card_at(known: Known, step: int, kind: str) -> Card | None:
     return next((card for card in cards if card.kind == kind), None)
 
 
-def urgency(kind: str) -> int:
-    """What sorts kinds of findings, the most urgent first."""
-    return KINDS.index(kind) if kind in KINDS else len(KINDS)
-
-
 def _in(layer: str | None) -> str:
     return f" in {printable(layer)}" if layer else ""
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def duration(seconds: float) -> str:
-    """As people say it: `40 s`, `12 min`, `3.5 h`, `2 days`."""
-    if not math.isfinite(seconds):
-        return "an unknown time"
-    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            shown = f"{seconds / unit:.1f}" if name == "h" else f"{max(seconds, 0) / unit:.0f}"
-            return f"{shown} {name}"
-    return f"{seconds / 86400:.0f} days"

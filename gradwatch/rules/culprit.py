@@ -24,7 +24,9 @@ from gradwatch.rules.culprit_gradients import (
 )
 from gradwatch.rules.culprit_weights import LISTED, BadWeight, name_of, of_weights
 
-__all__ = ["Clues", "Forward", "Pass", "of_step"]
+__all__ = ["REPLAY_HINT", "Clues", "Forward", "Pass", "of_step"]
+
+REPLAY_HINT = " (detect.culprit: replay would tell more)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def of_step(clues: Clues, gradients: Sequence[ModuleGradient], loss: float | Non
         if found.origin is not None:
             return found
         if forward is None:
-            return _with(found, " (detect.culprit: replay would tell more)")
+            return _with(found, REPLAY_HINT)
         return _with(found, f"; the forward pass is not known: {forward.unknown}")
     in_forward = _of_passes(forward, clues.bad_weights, loss)
     if in_forward is not None:

@@ -19,6 +19,7 @@ from gradwatch.policy.detectors import LossSpike as LossSpikeConfig
 from gradwatch.records import Bools, Float64s, Indices
 from gradwatch.rules.baseline import Baseline, band_of
 from gradwatch.rules.detect_reading import Reading
+from gradwatch.rules.detect_regime import JUMP
 from gradwatch.rules.persistent import ALL, Judgement
 
 __all__ = ["Diverging", "LossSpike", "loss_of"]
@@ -34,15 +35,12 @@ def loss_of(reading: Reading) -> float | None:
 
 
 class LossSpike:
-    """ln(loss) above its own baseline."""
+    """ln(loss) above its own baseline, which a raised learning rate makes wary: the loss may rise
+    with it, and what is usual is learnt anew."""
 
     def __init__(self, config: LossSpikeConfig) -> None:
         self._baseline = Baseline(1, band_of(config))
-        self._hold: Indices = np.zeros(1, dtype=np.intp)
-        """Records for which nothing is said: a raised learning rate may raise the loss."""
-
         self._rate: Float64s = np.full(1, math.nan)
-        self._warmup = config.warmup
 
     def judge(self, reading: Reading) -> Judgement | None:
         loss = loss_of(reading)
@@ -50,21 +48,20 @@ class LossSpike:
             return None
         y = np.array([math.log(loss)])
         baseline = self._baseline
-        hit = (y > baseline.bound_L) & (self._hold == 0)
         expected = np.exp(baseline.center_L)
-        return Judgement(hit, y < baseline.calm_L, ALL, np.array([loss]), expected)
+        hit, calm = y > baseline.bound_L, y < baseline.calm_L
+        return Judgement(hit, calm, ALL, np.array([loss]), expected)
 
     def learn(self, reading: Reading, open_S: Bools) -> None:
         self._note_rate(reading.record.learning_rate)
         loss = loss_of(reading)
         if loss is not None and not open_S[0]:
             self._baseline.accept(np.array([math.log(loss)]))
-            self._hold[0] = max(0, self._hold[0] - 1)
             self._baseline.end_record()
 
     def _note_rate(self, rate: float) -> None:
-        if rate > 2.001 * self._rate[0]:
-            self._hold[0] = self._warmup
+        if rate > JUMP * self._rate[0]:
+            self._baseline.begin_anew(wary=True)
         if math.isfinite(rate) and rate > 0:
             self._rate[0] = rate
 
@@ -76,7 +73,7 @@ class LossSpike:
         return f"the loss {value:.4g} is {value / expected:.3g}x its median {expected:.4g}"
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
-        return {**self._baseline.arrays(), "hold": self._hold, "rate": self._rate}
+        return {**self._baseline.arrays(), "rate": self._rate}
 
     def restored(self) -> None:
         self._baseline.restored()

@@ -21,6 +21,10 @@ def unused_port() -> int:
         return port
 
 
+NEXT = ("report", "export", "-c")
+"""What tells a command that the end screen names."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A demo that ended."""
@@ -45,9 +49,7 @@ class Run:
     def commands(self) -> list[str]:
         """What it says to type next."""
         after = self.out.partition("Look further")[2].splitlines()
-        return [
-            line.strip() for line in after if " -m " in line or " -c " in line or "export" in line
-        ]
+        return [line.strip() for line in after if any(f" {word} " in line for word in NEXT)]
 
 
 class Demo:

@@ -88,7 +88,7 @@ def test_the_recording_that_it_names_has_every_step(demo, fault):
 
 def test_the_commands_that_it_names_work_as_they_are_pasted(demo):
     run = demo(*arguments("lr"))
-    assert len(run.commands) == 2
+    assert len(run.commands) == 3
     for command in run.commands:
         done = subprocess.run(
             command, shell=True, cwd=run.folder, capture_output=True, text=True, check=False

@@ -126,7 +126,7 @@ def test_every_page_draws_and_says_nothing_on_the_console(record, serve, look):
     page = looked.page
     page.goto(server.url)
     assert page.locator("table.runs tbody tr").count() == 3
-    assert "exploding in block.3 at step 202" in page.inner_text("table.runs")
+    assert "exploding in block.3, at step 200" in page.inner_text("table.runs")
     for link in (
         f"run?r={names[0]}", f"layer?r={names[0]}&layer=3", f"ranks?r={names[0]}",
         f"compare?r={names[0]}&r={names[2]}", f"run?r={names[2]}&from=20&to=60",

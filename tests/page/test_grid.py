@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwatch.page.colours import THEMES, oklab
-from gradwatch.page.columns import DEPARTURE, heat_of, run_columns
+from gradwatch.page.columns import DEPARTURE, Heat, heat_of, run_columns, told_of
+from gradwatch.page.figures import run_figures
 from gradwatch.page.grid import columns_for, grid_of, joined
 from gradwatch.page.layer import departure, layer_columns
 from gradwatch.page.overview import Overview
@@ -82,6 +83,26 @@ def test_the_baseline_is_what_was_before_and_no_explosion_becomes_usual_at_once(
     assert departures[(at >= 2000) & (at < 2400)].min() > 1.0
 
 
+def test_an_explosion_is_usual_when_it_has_lasted_and_a_fall_at_once():
+    norms = np.full((6000, 2), 1.0, dtype=np.float32)
+    norms[2000:, 0], norms[2000:, 1] = 100.0, 0.01
+    overview = Overview(2)
+    overview.add(rows_of(norms))
+    grid = overview.grid()
+    usual = dict(zip(grid.steps_C.tolist(), grid.usual_CL.tolist(), strict=True))
+    assert usual[3984][0] == pytest.approx(0, abs=1e-6)
+    assert usual[5984][0] > 1
+    assert usual[3984][1] < -1.5
+
+
+def test_what_rises_while_a_run_starts_becomes_usual_at_once():
+    norms = np.ones((600, 1), dtype=np.float32)
+    norms[:48] = 0.01
+    overview = Overview(1)
+    overview.add(rows_of(norms))
+    assert overview.grid().usual_CL[-1, 0] > -0.5
+
+
 def test_live_rows_make_the_same_baseline_as_rows_at_once():
     norms = np.random.default_rng(0).lognormal(size=(700, 4)).astype(np.float32)
     at_once, live = Overview(4), Overview(4)
@@ -134,9 +155,58 @@ class TestPicture:
         (picture,) = heat_of(overview.grid()).columns["departure"]
         assert picture.min() >= -DEPARTURE
 
+    @pytest.mark.parametrize("first", [0, 1000])
+    def test_start_up_has_no_colour_and_what_is_a_hundred_times_as_large_has(self, first):
+        norms = np.geomspace(0.1, 3, 400)[:, None].astype(np.float32) * [1, 1]
+        norms[130:] = 3
+        norms[60, 1], norms[90, 1] = 400, np.inf
+        overview = Overview(2)
+        overview.add(rows_of(norms, first))
+        grid = overview.grid().between(first, first + 400)
+        columns = run_columns(grid, (), (), begun=first)
+        (picture,) = columns["heat"]["departure"]
+        learning = (grid.steps_C < first + 128).sum()
+        assert (picture[0, :learning] == 0).all()
+        coloured = np.flatnonzero(np.nan_to_num(picture[1, :learning], nan=9))
+        at = [np.searchsorted(grid.steps_C, first + odd, "right") - 1 for odd in (60, 90)]
+        assert coloured.tolist() == at
+        ((left,), (right,)) = columns["learning"]["left"], columns["learning"]["right"]
+        assert left <= first < first + 127 < right <= first + 128 + grid.width
+
+    def test_later_steps_are_not_hatched(self):
+        grid = grid_of(rows_of(np.ones((50, 2)), 500), 1)
+        assert run_columns(grid, (), ())["learning"]["left"] == []
+
     def test_a_run_without_steps_has_columns_of_nothing(self):
         columns = run_columns(None, (), ("global",))
         assert all(len(columns[name]["x"]) == 0 for name in ("norm", "clip", "training", "noise"))
+
+
+class TestFigures:
+    def told(self, **numbers):
+        rows = rows_of(np.ones((40, 1)))
+        columns = {"micro_batches": np.ones(40), **numbers}
+        changed = {k: np.broadcast_to(v, 40).astype(float) for k, v in columns.items()}
+        rows.numbers.update(changed)
+        return told_of(grid_of(rows, 1))
+
+    def test_a_loss_that_spans_decades_is_drawn_on_a_log_axis(self):
+        assert self.told(loss=np.geomspace(3, 0.2, 40)) == ["log loss"]
+        assert self.told(loss=np.linspace(3, 0.5, 40)) == ["loss"]
+        assert self.told(loss=np.linspace(3, -0.5, 40)) == ["loss"]
+        assert self.told(loss=np.array([np.inf, *np.linspace(3, 0.5, 39)])) == ["loss"]
+
+    def test_a_learning_rate_that_changes_is_among_what_explains_a_verdict(self):
+        warm = np.linspace(1e-4, 1e-3, 40)
+        for rates, order in (
+            (warm, ["norm", "loss", "settings", "heat", "clip"]),
+            (1e-3, ["norm", "loss", "heat", "clip", "settings"]),
+        ):
+            told = self.told(loss=1.0, learning_rate=rates)
+            columns = run_columns(None, (), ())
+            heat = Heat(columns["heat"], -1.0, 0.0, 1)
+            drawn = run_figures(columns, heat, ("a",), (), (0, 1), told)
+            assert [one.name for one in drawn] == order
 
 
 class TestLayer:

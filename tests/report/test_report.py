@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -56,8 +57,8 @@ def said(capsys, *arguments) -> list[str]:
 def test_the_first_lines_say_what_happened_and_what_to_do(recorded, capsys):
     lines = said(capsys, recorded(bad_weight_at=85), "--last-anomaly")
     assert lines[0].startswith("step 85  alert nonfinite in 2, ")
-    assert lines[1] == "began in   the weights of 2"
-    assert lines[2].startswith("done       the step was skipped (nonfinite)")
+    assert lines[1] == "began      in the weights of 2"
+    assert lines[2].startswith("done       step 85 was skipped (nonfinite)")
     assert lines[3].startswith("to do      go back to a checkpoint from before step 80: ")
     text = "\n".join(lines)
     assert "steps 66 to 85" in text
@@ -70,15 +71,41 @@ def test_an_explosion_is_told_with_what_the_policy_did(recorded, capsys):
     lines = said(capsys, recorded(gain=1e3), "--last-anomaly")
     text = "\n".join(lines)
     assert "alert exploding" in lines[0]
-    assert "the gradient was multiplied by" in text
-    assert "in backward order" in text
+    assert "were clipped by the rule global (step 82 to 0." in text
+    assert "step 80, over the medians before it: the loss is" in text
+
+
+def test_the_moment_of_the_first_bad_step_is_that_of_its_record(recorded, capsys):
+    directory = recorded(gain=1e3)
+    (step,) = gradwatch.open_recording(directory).records(80, 81)
+    said_first = " ".join(" ".join(said(capsys, directory)).split())
+    moment = datetime.fromtimestamp(step.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    assert f"Not healthy since step 80 ({moment}): exploding in all 2 layers" in said_first
+
+
+def test_what_is_not_determined_is_said_once(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    policy = {"version": 1, "guard": {"nonfinite": "skip"}}
+    with gradwatch.attach(model, optimizer, policy, port=None, recording=tmp_path) as watch:
+        for step in range(60):
+            loss = model(torch.randn(16, 4) * (math.nan if step == 40 else 1)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            watch.log(loss=loss)
+            optimizer.step()
+    text = "\n".join(said(capsys, tmp_path))
+    assert text.count("not determined") == text.count("replay") == 1
+    assert "Healthy again since step 45, after 1 alert: nonfinite (NaN or inf) in all 2" in text
 
 
 def test_without_options_every_finding_has_its_line(recorded, capsys):
     lines = said(capsys, recorded(gain=1e3))
     assert lines[0] == "run on-call, rank 0: finished, step 89, 2 layers"
-    assert lines[1].startswith("verdict: Not healthy since step ")
+    assert lines[1].startswith("verdict:   Not healthy since step 80 (")
     assert any("step 82  alert exploding" in line for line in lines)
+    assert any(line.startswith("findings, oldest first") for line in lines)
 
 
 def test_an_episode_of_bad_steps_is_one_line(tmp_path, capsys):
@@ -102,7 +129,7 @@ def test_an_episode_of_bad_steps_is_one_line(tmp_path, capsys):
 
 def test_a_healthy_run_is_said_to_be_healthy(recorded, capsys):
     directory = recorded()
-    assert said(capsys, directory)[1].startswith("verdict: Healthy: no alert up to step ")
+    assert said(capsys, directory)[1].startswith("verdict:   Healthy: no alert up to step ")
     assert said(capsys, directory, "--last-anomaly") == ["run on-call: no warning and no alert"]
 
 

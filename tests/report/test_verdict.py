@@ -10,7 +10,8 @@ import pytest
 
 from gradwatch.recording.cards import card_of
 from gradwatch.records import Anomaly, Layout, Parameter, RunInfo, StepRecord
-from gradwatch.report.verdict import Known, duration, verdict
+from gradwatch.report.moments import duration
+from gradwatch.report.verdict import Known, verdict
 
 NOW = 1_000_000.0
 
@@ -40,6 +41,27 @@ def card(step: int, kind: str = "exploding"):
     return card_of(info, anomaly(step, kind), [record_at(step)])
 
 
+def explosion(step: int, since: int, rates: list[float], layers: int = 5):
+    """A card of an explosion that began at `since`, with the learning rates of its last steps."""
+    names = tuple(f"block.{i}" for i in range(layers))
+    layout = Layout.of([Parameter(name=f"{name}.weight") for name in names])
+    more = f" and {layers - 1} more" if layers > 1 else ""
+    found = Anomaly(
+        kind="exploding", level="alert", step=step, layer=names[0], layers=names[:5],
+        message=f"exploding: layer {names[0]}{more}: gradient norm 9 is 90x its median 0.1 since "
+        f"step {since}",
+    )  # fmt: skip
+    ones = np.ones(layers)
+    records = [
+        replace(
+            record_at(at), layout=layout, learning_rate=rate, tensor_norms_P=ones,
+            tensor_coefs_P=ones, present_P=ones > 0, time=NOW - 600 + at,
+        )
+        for at, rate in enumerate(rates, step - len(rates) + 1)
+    ]  # fmt: skip
+    return card_of(RunInfo(run="x", layout=layout, mode="enforce"), found, records)
+
+
 def test_a_run_without_a_finding_is_healthy_and_there_is_nothing_to_do():
     found = verdict(known(), NOW)
     assert (found.health, found.headline) == ("healthy", "Healthy: no alert up to step 500")
@@ -51,8 +73,13 @@ def test_an_open_alert_says_since_when_what_where_and_what_was_done():
         known(anomalies=[anomaly(300)], cards=[card(300)], open={"exploding": ("block.1",)}), NOW
     )
     assert found.health == "alert"
-    assert found.headline == "Not healthy since step 300, 10 min ago: exploding in block.1"
-    assert dict(found.lines)["done"].startswith("the gradient was multiplied by 0.111 (global)")
+    assert found.headline == (
+        "Not healthy since step 300 (1970-01-12 13:36:40 UTC, 10 min ago): exploding in block.1"
+    )
+    said = dict(found.lines)["done"]
+    assert (
+        said == "step 300 was clipped by the rule global (step 300 to 0.111 of its norm) and taken"
+    )
     assert "to do" in dict(found.lines)
     assert found.card.step == 300
 
@@ -75,12 +102,63 @@ def test_layers_that_come_back_into_an_open_episode_do_not_begin_it():
 
 def test_an_open_alert_says_how_it_stands_by_now():
     later = replace(record_at(500), scalars={"loss": 0.5}, total_norm=0.25, learning_rate=0.1)
-    found = verdict(
-        known(anomalies=[anomaly(300)], cards=[card(300)], open={"exploding": ()}, latest=later),
-        NOW,
-    )
+    one = explosion(303, 301, [0.1] * 14)
+    found = verdict(known(cards=[one], open={"exploding": ()}, latest=later), NOW)
     said = dict(found.lines)["now"]
-    assert said == "at step 500: total norm 0.25 (9 before), loss 0.5, learning rate 0.1"
+    assert said == (
+        "at step 500: loss 0.5, total norm 0.25 (9 before), learning rate 0.1 (0.1 before)"
+    )
+
+
+RATES = [0.1] * 10 + [5.0] * 4
+
+
+def test_a_learning_rate_that_rose_just_before_is_in_the_first_line():
+    one = explosion(303, 301, RATES)
+    found = verdict(
+        known(cards=[one], open={"exploding": ()}, num_layers=5, times={301: NOW - 299}), NOW
+    )
+    assert found.headline == (
+        "Not healthy since step 301 (1970-01-12 13:41:41 UTC, 5 min ago): exploding in all 5 "
+        "layers, 1 step after the learning rate rose 50x"
+    )
+    lines = dict(found.lines)
+    assert lines["began"].startswith("at step 300 the learning rate rose from 0.1 to 5; exploding")
+    assert "from step 301 on in 5 layers" in lines["began"]
+    assert lines["began"].endswith("in step 303: block.0 (90x)")
+    assert lines["to do"].startswith("find what set the learning rate to 5 in step 300")
+
+
+@pytest.mark.parametrize(
+    ("since", "rates"),
+    [
+        (300, RATES),  # it rose with the first bad step, whose gradient is that of weights before
+        (301, [0.1] * 14),
+        (301, [0.1] * 10 + [0.2] * 4),
+        (301, [math.nan] * 10 + [5.0] * 4),
+        (301, [5.0] * 10 + [0.1] * 4),
+    ],
+    ids=["with it", "constant", "doubled", "not known", "fell"],
+)
+def test_no_cause_is_told_that_the_steps_before_do_not_show(since, rates):
+    one = explosion(303, since, rates)
+    found = verdict(known(cards=[one], open={"exploding": ()}), NOW)
+    assert "learning rate" not in found.headline + str(dict(found.lines)["began"])
+
+
+def test_what_the_loss_did_since_decides_whether_to_go_back():
+    one = explosion(303, 301, RATES)
+    losses = (*[0.5] * 9, 30.0, 30.0, 20.0, 9.0, 9.0)
+    one = replace(one, series={**one.series, "loss": losses})
+    values = {"cards": [one], "open": {"exploding": ()}}
+    back = dict(verdict(known(**values, recent_loss=0.52), NOW).lines)["to do"]
+    assert back.endswith(
+        "has come back since (median of the last steps 0.52): no need to go back to a checkpoint"
+    )
+    up = dict(verdict(known(**values, recent_loss=2.0), NOW).lines)["to do"]
+    assert (
+        "still up (median of the last steps 2): go back to a checkpoint from before step 300" in up
+    )
 
 
 def test_an_alert_that_is_over_is_said_to_be_over_with_what_began_it():
@@ -90,8 +168,34 @@ def test_an_alert_that_is_over_is_said_to_be_over_with_what_began_it():
     )  # fmt: skip
     assert found.health == "over"
     assert found.headline == (
-        "Healthy again since step 320, after 2 alerts; see exploding in block.1 at step 300"
+        "Healthy again since step 320, after 2 alerts; see exploding in block.1, at step 300 "
+        "(1970-01-12 13:36:40 UTC)"
     )
+
+
+def test_a_run_whose_loss_has_stayed_up_is_not_called_healthy_again():
+    one = explosion(303, 301, RATES)
+    one = replace(one, series={**one.series, "loss": (*[0.5] * 9, 30.0, 30.0, 20.0, 9.0, 9.0)})
+    values = {"anomalies": [anomaly(303)], "cards": [one], "calm_since": 330}
+    found = verdict(known(**values, recent_loss=1.6), NOW)
+    assert found.health == "warning"
+    assert found.headline.startswith(
+        "Loss still up, 1.6 (0.5 before); no alert open since step 330"
+    )
+    assert verdict(known(**values, recent_loss=0.6), NOW).headline.startswith("Healthy again")
+
+
+def test_of_what_began_in_the_same_step_the_finding_that_says_where_is_told():
+    spike = replace(
+        card(302, "loss_spike"), layer=None, layers=(), message="loss_spike: since step 300"
+    )
+    gone = replace(
+        card(319, "collapsed"), message="collapsed: layer block.1 and 6 more: 0 since step 300"
+    )
+    anomalies = [anomaly(302, "loss_spike"), anomaly(319, "collapsed")]
+    open_alerts = {"loss_spike": (), "collapsed": ("block.1",)}
+    found = verdict(known(anomalies=anomalies, cards=[spike, gone], open=open_alerts), NOW)
+    assert found.headline.endswith("collapsed in 7 parameters; also loss_spike")
 
 
 def test_alerts_of_which_nobody_knows_whether_they_are_open_count_as_open():
@@ -108,7 +212,7 @@ def test_an_end_right_behind_an_alert_is_told_with_it(state):
 
 def test_a_card_that_was_written_before_a_crash_counts_without_its_anomaly():
     found = verdict(known(state="crashed", cards=[card(500, "nonfinite")]), NOW)
-    assert "Not healthy since step 500: nonfinite" in found.headline
+    assert found.headline.startswith("Not healthy since step 500 (1970-01-12 13:36:40 UTC): nonfin")
 
 
 def test_a_crash_without_an_alert_sends_to_the_log():

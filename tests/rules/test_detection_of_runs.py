@@ -80,6 +80,27 @@ class TestLossSpike:
         stream.play(losses(200), learning_rate=1e-4)
         assert stream.play(2 * losses(60, start=2.0), learning_rate=1e-2) == []
 
+    def test_a_loss_that_comes_down_after_a_raised_learning_rate_is_no_spike(self, run):
+        stream = Stream(run, "loss_spike")
+        stream.play(losses(200, falls=0), learning_rate=0.05)
+        up = 3 * np.exp(math.log(40) * np.exp(-np.arange(300) / 40))
+        assert stream.play(up[:4], learning_rate=5.0) == []
+        assert stream.play(up[4:], learning_rate=0.05) == []
+
+    def test_what_is_usual_is_learnt_anew_after_a_raised_learning_rate(self, run):
+        stream = Stream(run, "loss_spike")
+        stream.play(losses(200, falls=0, start=2.0), learning_rate=1e-3)
+        assert stream.play(losses(150, falls=0, start=4.0), learning_rate=1e-2) == []
+        assert seen(stream.play(losses(10, falls=0, start=8.0), learning_rate=1e-2)) == [
+            ("loss_spike", "alert", 352)
+        ]
+
+    def test_a_hundred_times_its_median_is_an_alert_also_after_a_raised_learning_rate(self, run):
+        stream = Stream(run, "loss_spike")
+        stream.play(losses(200, falls=0), learning_rate=0.05)
+        found = stream.play(120 * losses(10, falls=0), learning_rate=5.0)
+        assert seen(found) == [("loss_spike", "alert", 202)]
+
     def test_it_ends_when_the_loss_is_back_and_may_come_again(self, run):
         stream = Stream(run, "loss_spike")
         stream.play(losses(200, falls=0))

@@ -187,14 +187,16 @@
       const column = Math.floor((event.x - source.data.x[0]) / width * columns);
       const together = source.data.dh[0] / rows, place = Math.floor(row / together) * columns + column;
       if (column < 0 || column >= columns) return null;
-      return { row, step: Math.round(event.x), norm: picture[place], away: source.data.departure[0][place], together };
+      const { left, right } = model("learning").data, away = source.data.departure[0][place];
+      const learning = left.length && event.x >= left[0] && event.x < right[0] && away === 0;
+      return { row, step: Math.round(event.x), norm: picture[place], away: learning ? null : away, together };
     };
     plot.on_event("mousemove", (event) => {
       const cell = at(event);
       if (!cell || !output) return;
       const others = cell.together > 1 ? " and its neighbours" : "";
       const norm = Number.isNaN(cell.norm) ? "not finite" : cell.norm < -90 ? "nothing recorded"
-        : `norm ${(10 ** cell.norm).toPrecision(3)}, ${(10 ** cell.away).toPrecision(3)} times its usual`;
+        : `norm ${(10 ** cell.norm).toPrecision(3)}, ${cell.away === null ? "while its usual is learnt" : `${(10 ** cell.away).toPrecision(3)} times its usual`}`;
       output.textContent = `step ${cell.step.toLocaleString("en")}, ${facts.layers[cell.row]}${others}: ${norm}`;
     });
     plot.on_event("tap", (event) => {
