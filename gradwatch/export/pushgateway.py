@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.error import HTTPError
 
 from prometheus_client import CollectorRegistry, Gauge, delete_from_gateway, push_to_gateway
 from prometheus_client.exposition import default_handler
@@ -87,6 +88,9 @@ def push_summary(
                 timeout=ANSWER_SECONDS, handler=_authorized(server),
             )  # fmt: skip
             failures.clear()
+        except HTTPError as error:
+            failures[:] = [error]
+            error.close()
         except Exception as error:
             failures[:] = [error]
 

@@ -84,7 +84,8 @@ class ServerUrl:
                 body: bytes = answer.read()
                 return body
         except urllib.error.HTTPError as error:
-            told = " ".join(error.read(MOST_TOLD).decode("utf-8", "replace").split())
+            with error:
+                told = " ".join(error.read(MOST_TOLD).decode("utf-8", "replace").split())
             raise OSError(f"HTTP {error.code} {error.reason} {told}".rstrip()) from None
 
 
