@@ -18,6 +18,7 @@ import typer
 from gradwatch.dashboards.command import dashboards, rules
 from gradwatch.demo.command import demo
 from gradwatch.errors import GradwatchError
+from gradwatch.grafana.command import push_command
 from gradwatch.page.command import report_command
 from gradwatch.policy import load_policy
 from gradwatch.policy.schema import schema_text
@@ -46,6 +47,7 @@ commands.command("report")(report_command)
 commands.command("tune")(tune_command)
 commands.command("serve")(serve_command)
 commands.command("top")(top_command)
+dashboards.command("push")(push_command)
 commands.add_typer(dashboards, name="dashboards")
 commands.add_typer(rules, name="rules")
 

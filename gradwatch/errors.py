@@ -5,6 +5,7 @@
   x AttachError            this model or optimizer cannot be watched, with the way out
     + TwoClippersError     something else clips too
   x RecordingError         a recording cannot be read
+  x MonitoringError        a server of the monitoring did not answer as expected
   x TrainingStopped        the policy said stop: the one exception meant to reach the loop
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 __all__ = [
     "AttachError",
     "GradwatchError",
+    "MonitoringError",
     "PolicyError",
     "RecordingError",
     "TrainingStopped",
@@ -38,6 +40,10 @@ class TwoClippersError(AttachError):
 
 class RecordingError(GradwatchError):
     """A recording that is missing, foreign or newer than this version."""
+
+
+class MonitoringError(GradwatchError):
+    """A server of the monitoring, such as Prometheus or Grafana, did not answer as expected."""
 
 
 class TrainingStopped(GradwatchError):
