@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -214,3 +216,19 @@ def test_a_grafana_below_a_path_is_reached(connect, stand_in) -> None:
         (404, "", {})
     )  # fmt: skip
     assert connect(f"{stand_in.url}/ops/grafana/").version() == "1"
+
+
+def test_the_commands_of_the_documentation_push(push, stand_in, recorded, tmp_path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "grafana.md").read_text()
+    commands = re.findall(r"^gradwatch dashboards push (.*)$", text, re.MULTILINE)
+    options = re.findall(r"^\| `(--[a-z-]+ \S+)`", text, re.MULTILINE)
+    assert (len(commands), len(options)) == (1, 2)
+    recorded("gpt", [EXPLODING])
+    runs = tmp_path / "gradwatch-runs"
+    runs.mkdir()
+    for path in tmp_path.glob("*.sqlite"):
+        path.rename(runs / path.name)
+    for line in (*commands, *options):
+        assert push(*shlex.split(line), "--url", stand_in.url).returncode == 0, line
+    assert len(stand_in.annotations) == 1
+    assert list(stand_in.datasources) == [DATASOURCE]
