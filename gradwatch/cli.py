@@ -19,6 +19,7 @@ from gradwatch.dashboards.command import dashboards, rules
 from gradwatch.demo.command import demo
 from gradwatch.errors import GradwatchError
 from gradwatch.export.command import forget_command
+from gradwatch.grafana.command import push_command
 from gradwatch.page.command import report_command
 from gradwatch.policy import load_policy
 from gradwatch.policy.schema import schema_text
@@ -48,6 +49,7 @@ commands.command("tune")(tune_command)
 commands.command("serve")(serve_command)
 commands.command("forget")(forget_command)
 commands.command("top")(top_command)
+dashboards.command("push")(push_command)
 commands.add_typer(dashboards, name="dashboards")
 commands.add_typer(rules, name="rules")
 

@@ -57,6 +57,7 @@ RANKS = {
     "page": 7,
     "__init__": 7,
     "serve": 8,
+    "grafana": 8,
     "demo": 8,
     "top": 8,
     "cli": 8,

@@ -49,7 +49,7 @@ def board(
             other.
     """
     return {
-        "annotations": {"list": [_alerts(), _anomalies(ranks="rank" in choose)]},
+        "annotations": {"list": [_alerts(), _anomalies(ranks="rank" in choose), _pushed()]},
         "description": description,
         "editable": True,
         "fiscalYearStartMonth": 0,
@@ -99,6 +99,19 @@ def _anomalies(*, ranks: bool) -> Json:
         tags="run,event",
         ranks=ranks,
     ) | {"useValueForTime": True}
+
+
+def _pushed() -> Json:
+    """What `gradwatch dashboards push --recording` has written. Of all runs: a variable of several
+    values cannot be put into a tag."""
+    return {
+        "datasource": {"type": "grafana", "uid": "-- Grafana --"},
+        "enable": True,
+        "hide": False,
+        "iconColor": "purple",
+        "name": "Pushed findings",
+        "target": {"limit": 100, "matchAny": False, "tags": ["gradwatch"], "type": "tags"},
+    }
 
 
 def _annotation(

@@ -60,7 +60,8 @@ def queries(dashboard: dict[str, Any], panels: list[dict[str, Any]]) -> dict[str
         for target in panel["targets"]
     }
     for mark in dashboard["annotations"]["list"]:
-        written[f"annotation {mark['name']}"] = mark["expr"]
+        if "expr" in mark:
+            written[f"annotation {mark['name']}"] = mark["expr"]
     return {where: _resolved(query) for where, query in written.items()}
 
 

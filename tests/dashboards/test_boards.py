@@ -124,10 +124,17 @@ def test_every_ref_id_counts_from_a(panels: list[Panel]) -> None:
 def test_the_data_source_is_the_variable_everywhere(dashboard: Panel, panels: list[Panel]) -> None:
     chosen = {"type": "prometheus", "uid": "${datasource}"}
     asking = [*panels, *(target for panel in panels for target in panel["targets"])]
-    asking += dashboard["annotations"]["list"]
+    asking += [mark for mark in dashboard["annotations"]["list"] if "expr" in mark]
     asking += [v for v in dashboard["templating"]["list"] if v["type"] == "query"]
     for asker in asking:
         assert asker["datasource"] == chosen
+
+
+def test_findings_that_were_pushed_are_shown_by_their_tag(dashboard: Panel) -> None:
+    (mark,) = (mark for mark in dashboard["annotations"]["list"] if "expr" not in mark)
+    assert mark["datasource"] == {"type": "grafana", "uid": "-- Grafana --"}
+    assert mark["target"]["tags"] == ["gradwatch"]
+    assert mark["enable"]
 
 
 CHAINS = {
@@ -158,7 +165,7 @@ def test_no_query_asks_for_a_variable_that_the_dashboard_lacks(
 ) -> None:
     known = {v["name"] for v in dashboard["templating"]["list"]}
     expressions = [target["expr"] for panel in panels for target in panel["targets"]]
-    expressions += [mark["expr"] for mark in dashboard["annotations"]["list"]]
+    expressions += [mark["expr"] for mark in dashboard["annotations"]["list"] if "expr" in mark]
     for expression in expressions:
         named = {name for name in re.findall(r"\$(\w+)", expression) if not name.startswith("__")}
         assert named <= known, expression
