@@ -208,6 +208,8 @@ def test_annotations_are_found_again_however_few_the_server_gives_at_once(
     assert connect().annotate(wanted) == {"created": 60, "unchanged": 0}
     assert connect().annotate(wanted) == {"created": 0, "unchanged": 60}
     assert connect().annotate([]) == {"created": 0, "unchanged": 0}
+    other = Annotation(500, ("gradwatch", "kind0"), "x")
+    assert connect().annotate([other, other]) == {"created": 1, "unchanged": 1}
 
 
 def test_a_grafana_below_a_path_is_reached(connect, stand_in) -> None:
