@@ -138,7 +138,10 @@ class Decisions:
             skip = stopped if skip is None else skip | stopped
             if policy.who("stop"):
                 self._stop_if(rules, decision, finite)
-        return Ruling(self._scaled(gradients, decision, finite, loss_scaler), tensor_of(skip))
+        values = self._scaled(gradients, decision, finite, loss_scaler)
+        if self._sampler is not None:
+            values = self._sampler.ordered(step, values)
+        return Ruling(values, tensor_of(skip))
 
     def updated(self, skip: Any) -> None:
         """In a graph, behind the update that was made unless `skip`."""
