@@ -15,7 +15,7 @@ from typing import Any
 import tensorflow as tf
 
 from gradwatch.rules.clipping import UnitSlice
-from gradwatch.tensorflow.sums import l2_loss, sum_of
+from gradwatch.tensorflow.sums import l2_loss, sum_of, sum_of_rows
 
 __all__ = ["Gradients", "bounded", "merged", "norms_of", "scaled", "scaled_units", "unit_norms"]
 
@@ -103,9 +103,12 @@ def _norms_along(x: Any, axis: int, norm_type: float) -> Any:
     others = [a for a in range(len(x.shape)) if a != axis]
     if norm_type == math.inf:
         return _unless_spoilt(tf.reduce_max(tf.abs(x), others), tf.reduce_sum(x * x, others))
-    if norm_type == 2.0:
-        return tf.sqrt(tf.reduce_sum(x * x, others))
-    return tf.pow(tf.reduce_sum(tf.pow(tf.abs(x), norm_type), others), 1 / norm_type)
+    powers = x * x if norm_type == 2.0 else _powers(x, norm_type)
+    if axis == len(x.shape) - 1:
+        sums = sum_of_rows(tf.reshape(powers, [-1, x.shape[axis]]))
+    else:
+        sums = tf.reduce_sum(powers, others)
+    return tf.sqrt(sums) if norm_type == 2.0 else tf.pow(sums, 1 / norm_type)
 
 
 def scaled(value: Any, coef: Any, *, zeroes: bool = True) -> Any:

@@ -77,14 +77,14 @@ class GraphSampler:
         taken = take() if is_compiled_here() else tf.cond(is_due, _called(take), nothing)
         self._taken.put(*taken, known, gradients.loss_scale)
 
-    def ordered(self, step: Any, values: Sequence[Any]) -> list[Any]:
-        """The gradients, behind the sample in a graph that XLA compiles: it makes a copy of all
-        weights that are looked at, unless their update has to wait for that."""
+    def behind(self, step: Any) -> Callable[[Any], Any] | None:
+        """Puts a gradient behind the sample, in a graph that XLA compiles; else None. XLA makes a
+        copy of all weights that are looked at, unless their update has to wait for that."""
         taken = self._taken.look()
         if taken is None or not is_compiled_here():
-            return list(values)
+            return None
         before = tf.reduce_sum(taken[1])
-        return [_behind(value, before, step) for value in values]
+        return lambda value: _behind(value, before, step)
 
     def after(self, step: Any, skip: Any) -> None:
         """In a graph, behind the update of that step, or where it was skipped (0-d or None)."""
@@ -104,8 +104,14 @@ class GraphSampler:
         due = is_due if skip is None else tf.logical_and(is_due, tf.logical_not(skip))
         tf.cond(due, _called(write), lambda: None)
 
-    def read(self) -> list[tuple[int, Any]]:
-        """Steps and their samples, oldest first."""
+    def read(self, newest: int) -> list[tuple[int, Any]]:
+        """Steps and their samples that are new, oldest first.
+
+        Args:
+            newest: the step that was seen last.
+        """
+        if newest // self._every < self.ring.next:
+            return []
         return [(number * self._every, row) for number, row in self.ring.read()]
 
     def begin_at(self, step: int) -> None:
@@ -122,14 +128,16 @@ class GraphSampler:
         flushed_P = tf.fill(alive_P.shape, math.nan)
         if scale is not None:
             flushed_P = 1.0 - _counted(tf.abs(gradient) * scale >= FLUSHED) / self._count_P
-        found = [
-            1.0 - alive_P / self._count_P,
-            flushed_P,
-            unchanged_P,
-            tf.norm(after - before, axis=1) * self._times_P,
-            tf.norm(before, axis=1) * self._times_P,
-        ]
-        return tf.concat([tf.where(known, values, math.nan) for values in found], 0)
+        found_SP = tf.stack(
+            [
+                1.0 - alive_P / self._count_P,
+                flushed_P,
+                unchanged_P,
+                tf.norm(after - before, axis=1) * self._times_P,
+                tf.norm(before, axis=1) * self._times_P,
+            ]
+        )
+        return tf.reshape(found_SP + np.where(known, 0.0, math.nan).astype(np.float32), [-1])
 
     def _matrix(self, tensors: Sequence[Any], is_due: Any) -> Any:
         """[P, W] the chosen elements of each, zeros where there is none."""

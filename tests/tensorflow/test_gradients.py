@@ -102,3 +102,17 @@ def test_units_of_a_kernel_are_its_last_axis_and_of_an_embedding_its_rows():
     np.testing.assert_allclose(found, [0, 0, 0, 0, math.sqrt(8), 0], rtol=1e-6)
     halved = scaled_units(rows(), table, tf.constant([1.0, 1.0, 1.0, 1.0, 0.5, 1.0]))
     np.testing.assert_allclose(tf.convert_to_tensor(halved)[4], [1.0, 1.0])
+
+
+@JIT
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((4608, 64), 1), ((3, 3, 512, 64), 3), ((64, 50_000), 0), ((500_000, 2), 1)]
+)
+def test_norms_of_units_are_those_of_float64(shape, axis, jit):
+    draw = np.random.default_rng(0)
+    x = (1 + draw.standard_normal(shape)).astype(np.float32)
+    of = UnitSlice(0, 0, shape[axis], axis, 1)
+    norms = tf.function(lambda x: unit_norms(x, of, 2.0), jit_compile=jit)(tf.constant(x))
+    others = tuple(other for other in range(x.ndim) if other != axis)
+    expected = np.sqrt((x.astype(np.float64) ** 2).sum(others))
+    np.testing.assert_allclose(norms, expected, rtol=1e-6)
