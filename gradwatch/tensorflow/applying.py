@@ -8,6 +8,7 @@ summing them again: what is clipped is the gradient of the whole batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tensorflow.python.ops import control_flow_util
 
 from gradwatch.errors import AttachError
 
-__all__ = ["Update", "is_compiled_here", "plain", "replicas", "summed", "unless"]
+__all__ = ["Update", "is_all_on_cpu", "is_compiled_here", "plain", "replicas", "summed", "unless"]
 
 
 def replicas() -> int:
@@ -55,17 +56,20 @@ class Update:
     summing: Any = None
     """The optimizer of Keras 3 that would sum them over the replicas; None where none would."""
 
-    def unless(self, skip: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-        """Makes the update where `skip` (0-d, or None for never) is false.
+    def unless(
+        self, skip: Any, ruled: Callable[[], Sequence[Any]], variables: Sequence[Any]
+    ) -> None:
+        """Makes the update with the gradients that `ruled` gives, where `skip` (0-d, or None for
+        never) is false.
 
         With several replicas the condition stands outside of them: an update within one of them
         meets the others, which no branch of a replica may.
         """
         if replicas() == 1:
             if skip is not None and is_compiled_here():
-                self._taken_back(skip, gradients, variables)
+                self._taken_back(skip, ruled(), variables)
             else:
-                unless(skip, lambda: self.apply(gradients, variables))
+                unless(skip, lambda: self.apply(ruled(), variables))
             return
 
         def across(strategy: Any, skip: Any, gradients: list[Any]) -> None:
@@ -80,7 +84,7 @@ class Update:
             unless(None if skip is None else strategy.experimental_local_results(skip)[0], update)
 
         context = tf.distribute.get_replica_context()
-        context.merge_call(across, args=(skip, list(gradients)))
+        context.merge_call(across, args=(skip, list(ruled())))
 
     def _taken_back(self, skip: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
         """Makes the update, and the values from before where it is skipped: XLA fuses the choice
@@ -99,6 +103,13 @@ def is_compiled_here() -> bool:
         return bool(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
     except AttributeError:  # of a later TensorFlow: slower, and as right
         return False
+
+
+@functools.cache
+def is_all_on_cpu() -> bool:
+    """Whether there is no accelerator, which reduces in ways of its own and is waited for at each
+    branch."""
+    return all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
 
 
 def plain(variable: Any) -> Any:

@@ -10,7 +10,7 @@ the host is made, so that all of it compiles with XLA.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +62,9 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
-    values: list[Any]
-    """[Q] what the optimizer is due to see."""
+    scaled: Callable[[], list[Any]]
+    """Multiplies; [Q] what the optimizer is due to see. To be called where it sees it: a branch
+    that is handed what was multiplied before takes half a pass over the gradients more."""
 
     skip: Any
     """0-d, whether the step is dropped; None where it never is."""
@@ -138,7 +139,18 @@ class Decisions:
             skip = stopped if skip is None else skip | stopped
             if policy.who("stop"):
                 self._stop_if(rules, decision, finite)
-        return Ruling(self._scaled(gradients, decision, finite, loss_scaler), tensor_of(skip))
+        behind = None if self._sampler is None else self._sampler.behind(step)
+        coefs_Q = self._coefs(decision, finite, loss_scaler) if gradients.values else None
+        zeroes = self._zeroes and not loss_scaler
+
+        def scaled_values() -> list[Any]:
+            values = gradients.values
+            if coefs_Q is not None:
+                pairs = zip(values, tf.unstack(coefs_Q), strict=True)
+                values = [scaled(value, coef, zeroes=zeroes) for value, coef in pairs]
+            return values if behind is None else [behind(value) for value in values]
+
+        return Ruling(scaled_values, tensor_of(skip))
 
     def updated(self, skip: Any) -> None:
         """In a graph, behind the update that was made unless `skip`."""
@@ -171,7 +183,7 @@ class Decisions:
 
     def sampled(self) -> list[tuple[int, npt.NDArray[np.float64]]]:
         """New samples [S * P], each with its step."""
-        return [] if self._sampler is None else self._sampler.read()
+        return [] if self._sampler is None else self._sampler.read(self.ring.next - 1)
 
     def state_dict(self) -> dict[str, Any]:
         self.chain.histories = {
@@ -235,18 +247,13 @@ class Decisions:
             stop = stop | over if rule.then == "stop" else stop
         self._stopped.assign(tf.logical_or(self._stopped.read_value(), stop.tensor))
 
-    def _scaled(
-        self, gradients: Gradients, decision: Decision, finite: Vector, loss_scaler: bool
-    ) -> list[Any]:
-        if not self._multiplies or not gradients.values:
-            return gradients.values
-        coefs = tf.cast(tensor_of(decision.coefs_P), tf.float32)
-        if loss_scaler:
-            # Zeroed or not, the scaler has to find it, and so where only the norm overflows.
-            coefs = tf.where(finite.tensor, coefs, math.nan)
-        zeroes = self._zeroes and not loss_scaler
-        pairs = zip(gradients.values, tf.unstack(coefs), strict=True)
-        return [scaled(value, coef, zeroes=zeroes) for value, coef in pairs]
+    def _coefs(self, decision: Decision, finite: Vector, loss_scaler: bool) -> Any:
+        """[Q] what gradients are multiplied by; None where they never are."""
+        if not self._multiplies:
+            return None
+        coefs_Q = tf.cast(tensor_of(decision.coefs_P), tf.float32)
+        # Zeroed or not, a loss scaler has to find it, and so where only the norm overflows.
+        return tf.where(finite.tensor, coefs_Q, math.nan) if loss_scaler else coefs_Q
 
 
 def _read(held: Mapping[str, Any]) -> State:

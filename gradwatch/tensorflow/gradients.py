@@ -8,14 +8,16 @@ of the rows as they lie there, which is another number.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
 from gradwatch.rules.clipping import UnitSlice
+from gradwatch.tensorflow.sums import l2_loss, sum_of, sum_of_rows
 
-__all__ = ["Gradients", "bounded", "merged", "norm_of", "scaled", "scaled_units", "unit_norms"]
+__all__ = ["Gradients", "bounded", "merged", "norms_of", "scaled", "scaled_units", "unit_norms"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,24 +60,23 @@ def merged(rows: Any) -> tuple[Any, Any]:
     return sums, tf.where(first == ids.dtype.max, tf.zeros_like(first), first)
 
 
-def norm_of(value: Any, norm_type: float) -> Any:
-    """0-d p-norm of one gradient: float32, or float64 if it is."""
-    x = _wide(merged(value)[0] if isinstance(value, tf.IndexedSlices) else value)
-    if norm_type == 2.0:
-        return tf.sqrt(2.0 * tf.nn.l2_loss(x))
+def norms_of(values: Sequence[Any], norm_type: float) -> Any:
+    """[Q] p-norms of gradients: float32, or float64 if one of them is."""
+    if not values:
+        return tf.zeros(0)
     if norm_type == math.inf:
-        if x.shape.num_elements() == 0:
-            return tf.reduce_sum(x)
-        return _unless_spoilt(tf.reduce_max(tf.abs(x)), tf.nn.l2_loss(x))
-    if norm_type == 1.0:
-        return tf.reduce_sum(tf.abs(x))
-    return tf.pow(tf.reduce_sum(tf.pow(tf.abs(x), norm_type)), 1 / norm_type)
+        return _alike([_largest(_rows_merged(value)) for value in values])
+    if norm_type == 2.0:
+        return tf.sqrt(2.0 * _alike([l2_loss(_rows_merged(value)) for value in values]))
+    powers = [_powers(_rows_merged(value), norm_type) for value in values]
+    sums = _alike([sum_of(power) for power in powers])
+    return sums if norm_type == 1.0 else tf.pow(sums, 1 / norm_type)
 
 
 def unit_norms(value: Any, of: UnitSlice, norm_type: float) -> Any:
     """[count] p-norm of each output unit."""
     if of.count == 1:
-        return tf.reshape(norm_of(value, norm_type), [1])
+        return norms_of([value], norm_type)
     if isinstance(value, tf.IndexedSlices) and of.axis == 0:
         sums, ids = merged(value)
         # What is over in `sums` is 0 and adds nothing.
@@ -84,13 +85,30 @@ def unit_norms(value: Any, of: UnitSlice, norm_type: float) -> Any:
     return _norms_along(_wide(tf.convert_to_tensor(value)), of.axis, norm_type)
 
 
+def _rows_merged(value: Any) -> Any:
+    return _wide(merged(value)[0] if isinstance(value, tf.IndexedSlices) else value)
+
+
+def _powers(x: Any, norm_type: float) -> Any:
+    return tf.abs(x) if norm_type == 1.0 else tf.pow(tf.abs(x), norm_type)
+
+
+def _largest(x: Any) -> Any:
+    if x.shape.num_elements() == 0:
+        return tf.reduce_sum(x)
+    return _unless_spoilt(tf.reduce_max(tf.abs(x)), l2_loss(x))
+
+
 def _norms_along(x: Any, axis: int, norm_type: float) -> Any:
     others = [a for a in range(len(x.shape)) if a != axis]
     if norm_type == math.inf:
         return _unless_spoilt(tf.reduce_max(tf.abs(x), others), tf.reduce_sum(x * x, others))
-    if norm_type == 2.0:
-        return tf.sqrt(tf.reduce_sum(x * x, others))
-    return tf.pow(tf.reduce_sum(tf.pow(tf.abs(x), norm_type), others), 1 / norm_type)
+    powers = x * x if norm_type == 2.0 else _powers(x, norm_type)
+    if axis == len(x.shape) - 1:
+        sums = sum_of_rows(tf.reshape(powers, [-1, x.shape[axis]]))
+    else:
+        sums = tf.reduce_sum(powers, others)
+    return tf.sqrt(sums) if norm_type == 2.0 else tf.pow(sums, 1 / norm_type)
 
 
 def scaled(value: Any, coef: Any, *, zeroes: bool = True) -> Any:
@@ -140,6 +158,12 @@ def _unless_spoilt(largest: Any, total: Any) -> Any:
 def _times(values: Any, factors: Any) -> Any:
     factors = tf.broadcast_to(tf.cast(factors, values.dtype), tf.shape(values))
     return tf.math.multiply_no_nan(values, factors)
+
+
+def _alike(numbers: Sequence[Any]) -> Any:
+    """[Q] of 0-d ones, of the widest type among them."""
+    wide = any(number.dtype == tf.float64 for number in numbers)
+    return tf.stack([tf.cast(number, tf.float64 if wide else tf.float32) for number in numbers])
 
 
 def _wide(x: Any) -> Any:

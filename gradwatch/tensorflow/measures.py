@@ -18,7 +18,7 @@ from gradwatch.rules.clipping import Rule
 from gradwatch.tensorflow.gradients import (
     Gradients,
     bounded,
-    norm_of,
+    norms_of,
     scaled_units,
     unit_norms,
 )
@@ -33,7 +33,8 @@ class Measures:
     xp: Arrays = TFArrays()
 
     def measure(self, gradients: Gradients, norm_type: float) -> Vector:
-        return self._in_units(gradients, [norm_of(value, norm_type) for value in gradients.values])
+        norms_Q = norms_of(gradients.values, norm_type)
+        return Vector(norms_Q if gradients.unit is None else norms_Q * tensor_of(gradients.unit))
 
     def measure_units(self, gradients: Gradients, rule: Rule) -> Vector:
         found = self._of_units(rule, gradients.values, rule.norm_type)
@@ -43,7 +44,7 @@ class Measures:
         weights = [tf.convert_to_tensor(weight) for weight in gradients.weights]
         if rule.slices is not None:
             return self._of_units(rule, weights, 2.0)
-        return Vector(_stacked([norm_of(weight, 2.0) for weight in weights]))
+        return Vector(norms_of(weights, 2.0))
 
     def measure_updates(self, gradients: Gradients) -> Vector:
         raise NotImplementedError("measure: update is refused when a watch is attached")
@@ -85,14 +86,6 @@ class Measures:
             end = of.first + of.count
         parts += [tf.zeros(rule.num_units - end)] if rule.num_units > end else []
         return Vector(tf.concat(_alike(parts), 0))
-
-    def _in_units(self, gradients: Gradients, norms: list[Any]) -> Vector:
-        norms_Q = _stacked(norms)
-        return Vector(norms_Q if gradients.unit is None else norms_Q * tensor_of(gradients.unit))
-
-
-def _stacked(norms: list[Any]) -> Any:
-    return tf.stack(_alike(norms)) if norms else tf.zeros(0)
 
 
 def _alike(tensors: list[Any]) -> list[Any]:

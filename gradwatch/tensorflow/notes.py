@@ -20,14 +20,19 @@ class NoteOfTrace:
         self._here.tensors = tensors
         self._here.graph = tf.compat.v1.get_default_graph() if _in_graph() else None
 
-    def take(self) -> tuple[Any, ...] | None:
+    def look(self) -> tuple[Any, ...] | None:
         """None where there are none of this trace."""
-        tensors = getattr(self._here, "tensors", None)
+        tensors: tuple[Any, ...] | None = getattr(self._here, "tensors", None)
         if tensors is None:
             return None
-        self._here.tensors = None
         graph = tf.compat.v1.get_default_graph() if _in_graph() else None
         return tensors if self._here.graph is graph else None
+
+    def take(self) -> tuple[Any, ...] | None:
+        """The same, and they are gone."""
+        tensors = self.look()
+        self._here.tensors = None
+        return tensors
 
 
 def _in_graph() -> bool:

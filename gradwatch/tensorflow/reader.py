@@ -21,7 +21,13 @@ from gradwatch.tensorflow.decisions import Decisions
 
 __all__ = ["GraphSteps", "ReadingThread"]
 
-PERIOD_SECONDS = 0.05
+REST_SECONDS = 0.2
+"""Between two reads at most. Each takes the interpreter from the trainer, and finds nothing of
+what it needs in the caches: ten rows at once cost little more than one."""
+
+FULL = 0.25
+"""Of a ring, at which it is read sooner."""
+
 NOTHING_KEPT = Clues(
     forward=Forward(evidence="flags", unknown="a graph of TensorFlow keeps nothing of it")
 )
@@ -41,15 +47,20 @@ class GraphSteps:
         self.take_sample: Callable[[int, Any], None] = lambda step, sampled: None
         """Takes a sample, by step."""
 
+        self.rest_seconds = REST_SECONDS
+        """How long there is nothing to read that would be lost."""
+
         self._decisions = decisions
         self._last = (time.time(), time.perf_counter())
-        self._stopped = False
 
     def arrived(self, *, wait: bool) -> Iterator[tuple[Any, DueStep | Callable[[Any], None]]]:
         """Steps since the last time, oldest first. A graph does not tell when a step was made: they
         are spread over the time since, of which there is little."""
         rows = self._decisions.read()
         before, self._last = self._last, (time.time(), time.perf_counter())
+        if rows:
+            per_row = (self._last[1] - before[1]) / len(rows)
+            self.rest_seconds = min(REST_SECONDS, FULL * self._decisions.ring.slots * per_row)
         for i, (number, trace, facts, packed) in enumerate(rows, start=1):
             unix, counter = (
                 then + (now - then) * i / len(rows)
@@ -94,9 +105,9 @@ class GraphSteps:
 
 
 class ReadingThread:
-    """Calls a method every so often for as long as its object lives."""
+    """Calls a method for as long as its object lives, and rests for the seconds that it returns."""
 
-    def __init__(self, method: Callable[[], None]) -> None:
+    def __init__(self, method: Callable[[], float]) -> None:
         self._method = weakref.WeakMethod(method)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gradwatch-graph", daemon=True)
@@ -108,9 +119,10 @@ class ReadingThread:
             self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        while not self._ended.wait(PERIOD_SECONDS):
+        rest = REST_SECONDS
+        while not self._ended.wait(rest):
             method = self._method()
             if method is None:
                 return
-            method()
+            rest = method()
             del method

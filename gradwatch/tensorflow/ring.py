@@ -32,7 +32,8 @@ class GraphRing:
         start = np.full((self.slots, 1 + width), -1.0)
         self._rows = variable(start, tf.float64, strategy)
         self._strategy = strategy
-        self._next = 0
+        self.next = 0
+        """The least step that would be news."""
 
     def write(self, step: Any, row: Any) -> None:
         """In a graph: the row of a step, padded to the width of all."""
@@ -48,18 +49,20 @@ class GraphRing:
 
     def read(self) -> list[tuple[int, npt.NDArray[np.float64]]]:
         """The rows that were written since, oldest first, each with its step."""
-        rows = local(self._rows, self._strategy).numpy()
+        # Without the copies that reading it as a variable makes on its way.
+        held = local(self._rows, self._strategy).handle
+        rows = tf.raw_ops.ReadVariableOp(resource=held, dtype=tf.float64).numpy()
         steps = rows[:, 0].astype(np.int64)
-        new = np.flatnonzero(steps >= self._next)
+        new = np.flatnonzero(steps >= self.next)
         if not new.size:
             return []
         new = new[np.argsort(steps[new])]
-        self._next = int(steps[new[-1]]) + 1
+        self.next = int(steps[new[-1]]) + 1
         return [(int(steps[i]), rows[i, 1:]) for i in new]
 
     def begin_at(self, step: int) -> None:
         """Rows of steps before are not news."""
-        self._next = step
+        self.next = step
 
 
 def variable(value: Any, dtype: Any, strategy: Any) -> Any:

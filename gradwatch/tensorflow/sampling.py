@@ -10,8 +10,8 @@ and after, behind a branch that is taken in a sampled step only. The numbers are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
@@ -64,22 +64,27 @@ class GraphSampler:
         values = dict(zip(np.flatnonzero(present), gradients.values, strict=True))
         # Rows of an embedding have other elements than its weights.
         values = {i: v for i, v in values.items() if not isinstance(v, tf.IndexedSlices)}
-        known = np.isin(np.arange(len(present)), list(values))
+        chosen = [values.get(i) for i in range(len(present))]
+        known = np.array([value is not None for value in chosen])
+        is_due = self._is_due(step)
 
         def take() -> tuple[Any, Any]:
-            chosen = [self._chosen(values[i], i) if known[i] else None for i in range(len(known))]
-            return self._matrix(chosen), self._matrix(self._weights())
+            return self._matrix(chosen, is_due), self._matrix(self._variables, is_due)
 
         def nothing() -> tuple[Any, Any]:
             return (tf.zeros((len(known), self._widest)),) * 2
 
-        if is_compiled_here():
-            # A branch is given copies of what it looks at: whole weights, where it chose itself.
-            chosen = [self._chosen(values[i], i) if known[i] else None for i in range(len(known))]
-            self._taken.put(chosen, self._weights(), known, gradients.loss_scale)
-        else:
-            taken = tf.cond(self._is_due(step), take, nothing)
-            self._taken.put(*taken, known, gradients.loss_scale)
+        taken = take() if is_compiled_here() else tf.cond(is_due, _called(take), nothing)
+        self._taken.put(*taken, known, gradients.loss_scale)
+
+    def behind(self, step: Any) -> Callable[[Any], Any] | None:
+        """Puts a gradient behind the sample, in a graph that XLA compiles; else None. XLA makes a
+        copy of all weights that are looked at, unless their update has to wait for that."""
+        taken = self._taken.look()
+        if taken is None or not is_compiled_here():
+            return None
+        before = tf.reduce_sum(taken[1])
+        return lambda value: _behind(value, before, step)
 
     def after(self, step: Any, skip: Any) -> None:
         """In a graph, behind the update of that step, or where it was skipped (0-d or None)."""
@@ -87,19 +92,26 @@ class GraphSampler:
         if taken is None:
             return
         gradient, before, known, scale = taken
-        due = self._is_due(step)
-        due = due if skip is None else tf.logical_and(due, tf.logical_not(skip))
+        is_due = self._is_due(step)
         number = step // self._every  # one sampled step after the other has a slot
-        weights = self._weights() if is_compiled_here() else None
+        # A branch of XLA is given copies of what it looks at: whole weights, if it chose itself.
+        weights = self._matrix(self._variables, is_due) if is_compiled_here() else None
 
         def write() -> None:
-            after = weights or self._weights()
+            after = self._matrix(self._variables, is_due) if weights is None else weights
             self.ring.write(number, self._found(gradient, before, after, known, scale))
 
-        tf.cond(due, write, lambda: None)
+        due = is_due if skip is None else tf.logical_and(is_due, tf.logical_not(skip))
+        tf.cond(due, _called(write), lambda: None)
 
-    def read(self) -> list[tuple[int, Any]]:
-        """Steps and their samples, oldest first."""
+    def read(self, newest: int) -> list[tuple[int, Any]]:
+        """Steps and their samples that are new, oldest first.
+
+        Args:
+            newest: the step that was seen last.
+        """
+        if newest // self._every < self.ring.next:
+            return []
         return [(number * self._every, row) for number, row in self.ring.read()]
 
     def begin_at(self, step: int) -> None:
@@ -110,39 +122,55 @@ class GraphSampler:
 
     def _found(self, gradient: Any, before: Any, after: Any, known: Any, scale: Any) -> Any:
         """[S * P] by `records.SAMPLES`, NaN where there is nothing to say."""
-        gradient, before, after = (self._matrix(rows) for rows in (gradient, before, after))
         there = tf.not_equal(gradient, 0.0)
         alive_P = _counted(there)
         unchanged_P = _counted(there & tf.equal(before, after)) / alive_P
         flushed_P = tf.fill(alive_P.shape, math.nan)
         if scale is not None:
             flushed_P = 1.0 - _counted(tf.abs(gradient) * scale >= FLUSHED) / self._count_P
-        found = [
-            1.0 - alive_P / self._count_P,
-            flushed_P,
-            unchanged_P,
-            tf.norm(after - before, axis=1) * self._times_P,
-            tf.norm(before, axis=1) * self._times_P,
-        ]
-        return tf.concat([tf.where(known, values, math.nan) for values in found], 0)
-
-    def _weights(self) -> list[Any]:
-        return [self._chosen(tf.convert_to_tensor(v), i) for i, v in enumerate(self._variables)]
-
-    def _chosen(self, tensor: Any, i: int) -> Any:
-        return tf.cast(tf.gather(tf.reshape(tensor, [-1]), self._places[i]), tf.float32)
-
-    def _matrix(self, rows: Any) -> Any:
-        """[P, W] of rows that are as long as they are, or the matrix that it is already."""
-        if not isinstance(rows, list):
-            return rows
-        empty = tf.zeros(self._widest)
-        return tf.stack(
+        found_SP = tf.stack(
             [
-                empty if row is None else tf.pad(row, [[0, self._widest - count]])
-                for row, count in zip(rows, self._counts, strict=True)
+                1.0 - alive_P / self._count_P,
+                flushed_P,
+                unchanged_P,
+                tf.norm(after - before, axis=1) * self._times_P,
+                tf.norm(before, axis=1) * self._times_P,
             ]
         )
+        return tf.reshape(found_SP + np.where(known, 0.0, math.nan).astype(np.float32), [-1])
+
+    def _matrix(self, tensors: Sequence[Any], is_due: Any) -> Any:
+        """[P, W] the chosen elements of each, zeros where there is none."""
+        rows, empty = [], tf.zeros(self._widest)
+        for tensor, places, count in zip(tensors, self._places, self._counts, strict=True):
+            if tensor is None:
+                rows.append(empty)
+                continue
+            if is_compiled_here():  # in other steps the same element again and again
+                places = places * tf.cast(is_due, tf.int64)
+            flat = tf.reshape(tf.convert_to_tensor(tensor), [-1])
+            row = tf.cast(tf.gather(flat, places), tf.float32)
+            rows.append(tf.pad(row, [[0, self._widest - count]]))
+        return tf.stack(rows)
+
+
+def _called(branch: Callable[[], Any]) -> Callable[[], Any]:
+    """A branch as one operation: those of one that is laid out in the graph are gone through also
+    where it is not taken."""
+    if tf.executing_eagerly() or is_compiled_here():
+        return branch
+    return cast(
+        Callable[[], Any],
+        tf.function(branch, autograph=False, experimental_attributes={"_noinline": True}),
+    )
+
+
+def _behind(value: Any, sample: Any, step: Any) -> Any:
+    """The value, once the sample is there."""
+    if isinstance(value, tf.IndexedSlices):
+        values = _behind(value.values, sample, step)
+        return tf.IndexedSlices(values, value.indices, value.dense_shape)
+    return tf.where(step < 0, tf.cast(sample, value.dtype), value)  # no step is, and XLA not told
 
 
 def _counted(truths_PW: Any) -> Any:

@@ -9,6 +9,7 @@ traced and costs nothing when it runs. Everything here compiles with XLA.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -253,8 +254,15 @@ class TFArrays(Rings):
         return Vector(tf.ones_like(x.tensor) * tf.cast(tensor_of(value), x.tensor.dtype))
 
     def concat(self, parts: Sequence[Any]) -> Vector:
-        flat = [tf.reshape(tf.cast(tensor_of(part), tf.float64), [-1]) for part in parts]
-        return Vector(tf.concat(flat, 0))
+        # Numbers by the dozen: an operation for each of them would cost more than what it does.
+        tensors = [tf.convert_to_tensor(tensor_of(part)) for part in parts]
+        runs = [
+            tf.stack(list(run)) if is_number else tf.concat([tf.reshape(t, [-1]) for t in run], 0)
+            for (_, is_number), run in itertools.groupby(
+                tensors, key=lambda tensor: (tensor.dtype, not tensor.shape.rank)
+            )
+        ]
+        return Vector(tf.concat([tf.cast(run, tf.float64) for run in runs], 0))
 
     def quotient(self, a: Any, x: Vector) -> Vector:
         return _both(tf.divide, a, x)

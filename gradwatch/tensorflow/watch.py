@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat, cast
 
 import tensorflow as tf
@@ -53,7 +53,7 @@ __all__ = ["TFWatch"]
 class TFWatch(Watch):
     """Watches the trainable variables of a model, in every graph that its optimizer is traced in.
 
-    A step is decided in the graph and read by a thread some 0.05 s later.
+    A step is decided in the graph and read by a thread some 0.2 s later.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TFWatch(Watch):
         self._decisions = Decisions(
             policy, layout, self._strategy, variables, updates_seen=optimizer is not None
         )
-        steps = GraphSteps(self._decisions)
+        self._steps = steps = GraphSteps(self._decisions)
         # The engine reads here, and never takes a step itself.
         super().__init__(info, policy, cast(Backend, steps), recording)
         self.follows_its_policy = False  # its numbers are in the graph
@@ -180,7 +180,7 @@ class TFWatch(Watch):
         variables = self._variables if variables is None else variables
         micro_batches, weight = self._accumulated.take() or (1.0, 1.0)
         facts = Facts(micro_batches=micro_batches, weight=weight)
-        return self._ruled(list(grads), list(variables), facts, loss_scale)[0]
+        return self._ruled(list(grads), list(variables), facts, loss_scale)[0]()
 
     def apply_gradients(self, optimizer: Any, grads_and_vars: Iterable[tuple[Any, Any]]) -> None:
         """Lets an optimizer make its update as the policy says, in any replica context.
@@ -236,8 +236,8 @@ class TFWatch(Watch):
             micro_batches=micro_batches, weight=weight,
         )  # fmt: skip
         scale, scaler = loss_scale_of(optimizer), scales_loss(optimizer)
-        values, skip = self._ruled(values, list(variables), facts, scale, loss_scaler=scaler)
-        update.unless(skip, values, variables)
+        ruled, skip = self._ruled(values, list(variables), facts, scale, loss_scaler=scaler)
+        update.unless(skip, ruled, variables)
         self._decisions.updated(skip)
 
     def _rule_of_window(
@@ -250,12 +250,13 @@ class TFWatch(Watch):
             micro_batches=float(self._windows),
             weight=float(self._windows),
         )
-        return self._ruled(list(grads), list(variables), facts, None)
+        ruled, skip = self._ruled(list(grads), list(variables), facts, None)
+        return ruled(), skip
 
     def _ruled(
         self, grads: list[Any], variables: list[Any], facts: Facts, scale: Any, **how: bool
-    ) -> tuple[list[Any], Any]:
-        """What the optimizer is due to see, and whether it is not.
+    ) -> tuple[Callable[[], list[Any]], Any]:
+        """Gives what the optimizer is due to see, and says whether it is not.
 
         Raises:
             AttachError: a variable is not watched.
@@ -268,10 +269,14 @@ class TFWatch(Watch):
             raise
         except Exception as error:
             self._broke(error)
-            return grads, None
-        ruled = list(grads)
-        for place, value in zip(places, ruling.values, strict=True):
-            ruled[place] = value
+            return lambda: grads, None
+
+        def ruled() -> list[Any]:
+            seen = list(grads)
+            for place, value in zip(places, ruling.scaled(), strict=True):
+                seen[place] = value
+            return seen
+
         return ruled, ruling.skip
 
     def _broke(self, error: Exception) -> None:
@@ -332,8 +337,8 @@ class TFWatch(Watch):
         if self._policy.enforcing:
             self.check()
 
-    def _read(self) -> None:
-        """On the thread that reads."""
+    def _read(self) -> float:
+        """On the thread that reads; returns for how many seconds it may rest."""
         self._engine.catch_up(wait=True)
         if (
             self._engine.is_stopping
@@ -341,6 +346,7 @@ class TFWatch(Watch):
             and not self._decisions.has_stopped()
         ):
             self._decisions.stop()
+        return self._steps.rest_seconds
 
     def _number(self, value: SupportsFloat) -> float:
         return float(value.numpy() if hasattr(value, "numpy") else value)

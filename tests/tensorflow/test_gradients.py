@@ -12,7 +12,7 @@ from gradwatch.rules.clipping import UnitSlice
 from gradwatch.tensorflow.gradients import (
     bounded,
     merged,
-    norm_of,
+    norms_of,
     scaled,
     scaled_units,
     unit_norms,
@@ -30,7 +30,7 @@ def rows() -> tf.IndexedSlices:
 
 
 def test_rows_that_share_an_id_are_one_row():
-    norm = float(norm_of(rows(), 2.0))
+    norm = float(norms_of([rows()], 2.0)[0])
     assert norm == pytest.approx(math.sqrt(8.0), rel=1e-6)
     assert float(tf.linalg.global_norm([rows()])) == pytest.approx(2.0)  # what TensorFlow says
 
@@ -44,9 +44,9 @@ def test_merged_rows_are_the_dense_gradient(jit):
     @tf.function(jit_compile=jit)
     def both(values, ids):
         sums, of = merged(tf.IndexedSlices(values, ids, tf.constant([9, 3])))
-        return tf.math.unsorted_segment_sum(sums, of, 9), norm_of(
-            tf.IndexedSlices(values, ids, tf.constant([9, 3])), 2.0
-        )
+        return tf.math.unsorted_segment_sum(sums, of, 9), norms_of(
+            [tf.IndexedSlices(values, ids, tf.constant([9, 3]))], 2.0
+        )[0]
 
     dense, norm = both(tf.constant(values), tf.constant(ids))
     expected = np.zeros((9, 3))
@@ -59,7 +59,7 @@ def test_merged_rows_are_the_dense_gradient(jit):
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.5, math.inf])
 def test_norms_are_those_of_float64(p, jit):
     x = np.random.default_rng(0).standard_normal(300_000).astype(np.float32)
-    norm = tf.function(lambda x: norm_of(x, p), jit_compile=jit)
+    norm = tf.function(lambda x: norms_of([x], p)[0], jit_compile=jit)
     expected = np.linalg.norm(x.astype(np.float64), p)
     assert float(norm(tf.constant(x))) == pytest.approx(expected, rel=5e-6 if p == 3.5 else 1e-6)
     half = tf.constant(np.full(1000, 200.0), tf.float16)  # whose square is no float16
@@ -71,7 +71,7 @@ def test_norms_are_those_of_float64(p, jit):
 def test_no_norm_passes_over_what_is_not_finite(p, bad):
     x = np.ones(1000, np.float32)
     x[500] = bad
-    assert not math.isfinite(float(norm_of(tf.constant(x), p)))
+    assert not math.isfinite(float(norms_of([tf.constant(x)], p)[0]))
 
 
 def test_a_coef_of_0_leaves_nothing_of_nan():
@@ -102,3 +102,17 @@ def test_units_of_a_kernel_are_its_last_axis_and_of_an_embedding_its_rows():
     np.testing.assert_allclose(found, [0, 0, 0, 0, math.sqrt(8), 0], rtol=1e-6)
     halved = scaled_units(rows(), table, tf.constant([1.0, 1.0, 1.0, 1.0, 0.5, 1.0]))
     np.testing.assert_allclose(tf.convert_to_tensor(halved)[4], [1.0, 1.0])
+
+
+@JIT
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((4608, 64), 1), ((3, 3, 512, 64), 3), ((64, 50_000), 0), ((500_000, 2), 1)]
+)
+def test_norms_of_units_are_those_of_float64(shape, axis, jit):
+    draw = np.random.default_rng(0)
+    x = (1 + draw.standard_normal(shape)).astype(np.float32)
+    of = UnitSlice(0, 0, shape[axis], axis, 1)
+    norms = tf.function(lambda x: unit_norms(x, of, 2.0), jit_compile=jit)(tf.constant(x))
+    others = tuple(other for other in range(x.ndim) if other != axis)
+    expected = np.sqrt((x.astype(np.float64) ** 2).sum(others))
+    np.testing.assert_allclose(norms, expected, rtol=1e-6)
