@@ -21,7 +21,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from gradwatch.attaching import LINGER_SECONDS
+from gradwatch.ends import LINGER_SECONDS
 from gradwatch.dashboards import prometheus_rule
 from gradwatch.export.addresses import PORTS_TRIED
 
