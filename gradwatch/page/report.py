@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -211,7 +210,7 @@ def _sha256(text: str) -> str:
 def _text(text: str) -> str:
     """Words in Markdown: nothing in them is markup, a mention or a reference. Brackets are escaped
     and so parentheses need not be; an underscore within a word is none of its marks."""
-    safe = html.escape(" ".join(text.split()), quote=False)
+    safe = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     safe = re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", safe)
     return safe.replace("@", "@\N{ZERO WIDTH NON-JOINER}").replace(
         "#", "#\N{ZERO WIDTH NON-JOINER}"

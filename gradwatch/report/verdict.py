@@ -29,6 +29,9 @@ SILENT_SECONDS, SILENT_STEPS = 60.0, 20.0
 WORDS = {"nonfinite": "nonfinite (NaN or inf)"}
 """Kinds that their names alone do not tell of."""
 
+NAMED = 3
+"""Layers that are named."""
+
 JUST_BEFORE = 50
 """Steps between an alert and an end that it is named with."""
 
@@ -255,8 +258,10 @@ def _stands_out(known: Known, card: Card, after: Aftermath) -> list[str]:
     said = []
     if card.kind == "exploding" and after.layers_now:
         up = after.still_up
-        named = ", ".join(f"{printable(layer)} {after.layers_now[layer]:.3g}x" for layer in up[:3])
-        more = f" and {len(up) - 3} more" if len(up) > 3 else ""
+        named = ", ".join(
+            f"{printable(layer)} {after.layers_now[layer]:.3g}x" for layer in up[:NAMED]
+        )
+        more = f" and {len(up) - NAMED} more" if len(up) > NAMED else ""
         said.append(
             f"above {NEAR:g}x their median: {named}{more}" if up
             else f"no layer above {NEAR:g}x its median"
@@ -264,7 +269,8 @@ def _stands_out(known: Known, card: Card, after: Aftermath) -> list[str]:
     if after.good_since is not None and card.kind in ("exploding", "loss_spike"):
         said.append(f"total norm below {FAR:g}x since step {after.good_since}")
     if known.open is not None and known.open:
-        said.append(f"alerts open: {', '.join(sorted(known.open, key=urgency))}")
+        kinds = sorted(known.open, key=urgency)
+        said.append(f"open: {', '.join(f'{kind}{_in_some(known.open[kind])}' for kind in kinds)}")
     elif known.calm_since is not None and after.good_since not in (None, known.calm_since):
         said.append(f"alert closed at step {known.calm_since}")
     return said
@@ -344,6 +350,12 @@ def _card_at(known: Known, step: int, kind: str) -> Card | None:
 
 def _in(layer: str | None) -> str:
     return f" in {printable(layer)}" if layer else ""
+
+
+def _in_some(layers: Sequence[str]) -> str:
+    named = ", ".join(printable(layer) for layer in layers[:NAMED])
+    more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+    return f" in {named}{more}" if layers else ""
 
 
 def _count(number: int, noun: str) -> str:
