@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from gradwatch.policy import KINDS
 from gradwatch.recording.cards import Card
 from gradwatch.records import Anomaly, Level
-from gradwatch.report.card import begun_first, found
+from gradwatch.report.card import begun_first, found, printable
 
 __all__ = ["ORDER", "Finding", "Listed", "findings_of", "listed", "urgency"]
 
 ORDER = "oldest first"
 """As a heading says it."""
 
+
+MEANS = {
+    "spike": "a norm far above its median in that step",
+    "overflow": "a gradient that the loss scaler dropped",
+}
+"""What an event is, for kinds whose name does not say it."""
 
 EVENTS_NAMED = 5
 """Of each kind, the first ones."""
@@ -52,7 +58,7 @@ class Listed:
 
     @property
     def said_of_events(self) -> str:
-        """`2 events of one step each, too short for an alert: spike at step 301, 356`; empty where
+        """`2 events of one step each, none an alert: spike (...) at step 301, 356`; empty where
         there are none."""
         if not self.events:
             return ""
@@ -62,10 +68,11 @@ class Listed:
             steps = [one.step for one in self.events if one.kind == kind]
             named = ", ".join(map(str, steps[:EVENTS_NAMED]))
             more = f" and {len(steps) - EVENTS_NAMED} more" if len(steps) > EVENTS_NAMED else ""
-            said.append(f"{kind} at step {named}{more}")
+            means = f" ({MEANS[kind]})" if kind in MEANS else ""
+            said.append(f"{printable(kind)}{means} at step {named}{more}")
         number = len(self.events)
         count = "1 event of one step" if number == 1 else f"{number} events of one step each"
-        return f"{count}, too short for an alert: {'; '.join(said)}"
+        return f"{count}, none an alert: {'; '.join(said)}"
 
     @property
     def all(self) -> list[Finding]:

@@ -40,14 +40,15 @@ def test_events_are_named_with_their_steps_and_not_listed():
     found = listed([*events, anomaly(9)], [], 10)
     assert places(found.all) == [(9, "exploding")]
     assert found.said_of_events == (
-        "2 events of one step each, too short for an alert: spike at step 1, 5"
+        "2 events of one step each, none an alert: spike (a norm far above its median in that "
+        "step) at step 1, 5"
     )
     assert listed([anomaly(9)], [], 10).said_of_events == ""
 
 
 def test_of_many_events_the_first_steps_are_named():
     found = listed([anomaly(step, "spike", "event") for step in range(8)], [], 10)
-    assert found.said_of_events.endswith("spike at step 0, 1, 2, 3, 4 and 3 more")
+    assert found.said_of_events.endswith(" at step 0, 1, 2, 3, 4 and 3 more")
 
 
 def test_the_step_in_which_it_began_stands_in_front_and_behind_no_other_number():
