@@ -142,9 +142,8 @@ def begun_first(message: str) -> str:
     parts = SINCE_CLAUSE.fullmatch(message)
     if parts is None:
         return message
-    return (
-        f"began in step {parts['step']}{parts['how'] or ''}: {parts['what']}{parts['more'] or ''}"
-    )
+    what = parts["what"].rstrip(",")
+    return f"began in step {parts['step']}{parts['how'] or ''}: {what}{parts['more'] or ''}"
 
 
 def what_came_before(card: Card) -> list[str]:
@@ -229,12 +228,18 @@ def _times(card: Card) -> str:
     return f" ({ratio[1]}x its median)" if ratio is not None else ""
 
 
+def _times_as_said(times: float) -> str:
+    return f"{times:.3g}x" if times < 999.5 else f"{times:,.0f}x"
+
+
 def _worst(card: Card, after: Aftermath) -> str:
     """The largest of each number in all the steps that were looked at, with its step."""
     said = []
     if after.layer is not None:
         peak = after.layer
-        said.append(f"{printable(peak.layer)} {peak.value:.3g}x its median in step {peak.step}")
+        said.append(
+            f"{printable(peak.layer)} {_times_as_said(peak.value)} its median in step {peak.step}"
+        )
     for name, peak_of, series in (
         ("total norm", after.norm, "total_norm"),
         ("loss", after.loss, "loss"),

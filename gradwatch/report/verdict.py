@@ -156,7 +156,7 @@ def _not_healthy(known: Known, alerts: Sequence[tuple[int, str]], now: float) ->
     also += _in_all(known, alerts, 1 + len(others))
     end = "" if known.state == "running" else f"; the run {known.state} at step {known.step}"
     if known.state == "finished":
-        end = f"; not over when the run finished at step {known.step}"
+        end = f"; not over at its end, step {known.step}"
     layer = next(iter((known.open or {}).get(kind, ())), None)
     if card is not None and (back := _back_but_for(known, card)):
         return Verdict(
@@ -272,7 +272,7 @@ def _stands_out(known: Known, card: Card, after: Aftermath) -> list[str]:
         kinds = sorted(known.open, key=urgency)
         said.append(f"open: {', '.join(f'{kind}{_in_some(known.open[kind])}' for kind in kinds)}")
     elif known.calm_since is not None and after.good_since not in (None, known.calm_since):
-        said.append(f"alert closed at step {known.calm_since}")
+        said.append(f"last alert closed at step {known.calm_since}")
     return said
 
 

@@ -102,7 +102,7 @@ def test_what_is_not_determined_is_said_once(tmp_path, capsys):
     words = " ".join(text.split())
     assert "Healthy again since step 41, after 1 alert: nonfinite (NaN or inf) in all 2" in words
     assert "at step 40 alone (" in words
-    assert "alert closed at step 45" in words
+    assert "last alert closed at step 45" in words
 
 
 def test_what_a_loss_that_was_nan_before_the_backward_pass_means_is_told(tmp_path, capsys):
