@@ -169,7 +169,9 @@ def _chart(watched: Watched, seen: Seen, width: int) -> list[Text]:
 
 def _layers(seen: Seen, width: int, most: int) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("furthest from their usual norm", no_wrap=True, max_width=max(24, width - 40))
+    healthy = seen.stands.verdict.health == "healthy"
+    title = "layers, beside their usual norm" if healthy else "furthest from their usual norm"
+    table.add_column(title, no_wrap=True, max_width=max(24, width - 40))
     for name in ("norm", "usual", "times"):
         table.add_column(name, justify="right", no_wrap=True)
     layers = seen.stands.info.layout.layers
@@ -183,18 +185,18 @@ def _layers(seen: Seen, width: int, most: int) -> RenderableType:
 
 def _findings(seen: Seen, most: int) -> list[Text]:
     known = seen.stands.known
-    findings = listed(known.anomalies, known.cards, most)
-    events = f"one-step events, which page nobody: {findings.events}" if findings.events else ""
+    events = listed(known.anomalies, known.cards, 1).said_of_events
+    findings = listed(known.anomalies, known.cards, max(1, most - bool(events)))
     if not findings.all:
         return [Text(f"no finding{events and '; '}{events}", style="dim")]
-    lines = [Text("; ".join(filter(None, (f"findings, {ORDER}", events))), style="dim")]
+    lines = [Text(f"findings, {ORDER}", style="dim", no_wrap=True, overflow="ellipsis")]
     for place, one in enumerate(findings.all):
         if findings.left_out and place == len(findings.first):
-            lines[0] = Text(
-                f"{lines[0].plain}; {findings.left_out} behind the first left out", style="dim"
-            )
+            lines[0].append(f"; {findings.left_out} behind the first left out")
         line = f"step {one.step:<8} {one.level:<8} {one.kind}: {printable(one.message, 400)}"
         lines.append(
             Text(line, style=LEVEL_STYLES.get(one.level, ""), no_wrap=True, overflow="ellipsis")
         )
+    if events and most > 1:
+        lines.append(Text(events, style="dim", no_wrap=True, overflow="ellipsis"))
     return lines

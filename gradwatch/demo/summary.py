@@ -83,7 +83,7 @@ def _happened(findings: Findings, setting: Setting) -> Iterator[str]:
         yield f"... and {len(findings.alerts) - MOST_LISTED} more"
     if findings.events:
         kinds = sorted({event.kind for event in findings.events})
-        yield f"one-step events, which page nobody: {len(findings.events)} ({', '.join(kinds)})"
+        yield f"events of one step each, none an alert: {len(findings.events)} ({', '.join(kinds)})"
     if setting.stopped:
         yield f"the policy {setting.stopped}"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -59,7 +58,7 @@ def html_report(path: Path, *, still: bool = False) -> str:
         one.model.toolbar_location = None
     everything = [*drawn, *(one for _, some in around for one in some)]
     scripts = [_script(bokeh_script().decode()), _script((STATIC / "page.js").read_text("utf-8"))]
-    card = seen.stands.verdict.card
+    card, num_layers = seen.stands.verdict.card, len(seen.stands.info.layout.layers)
     facts = {
         "name": "", "version": 0, "first": seen.first, "last": seen.last, "live": False,
         "from": None, "to": None, "themes": THEMES,
@@ -79,7 +78,7 @@ def html_report(path: Path, *, still: bool = False) -> str:
             around=around,
             bokeh=for_script(figures_json(everything) if everything else None),
             page=for_script(facts),
-            card="\n".join(detail_lines(card, 110)) if card is not None else "",
+            card="\n".join(detail_lines(card, 110, num_layers)) if card is not None else "",
             environment=views.environment_of(seen.stands),
             stamp="",
         )
@@ -116,6 +115,8 @@ def _markdown(watched: Watched, seen: Seen) -> Iterator[str]:
     ]  # fmt: skip
     yield f"| {' | '.join(cells)} |"
     yield ""
+    yield f"{stands.span[0].upper()}{stands.span[1:]}"
+    yield ""
     grid = watched.grid(seen.first, seen.last + 1)
     if grid is not None:
         norms = grid.numbers["total_norm"].tolist()
@@ -125,7 +126,7 @@ def _markdown(watched: Watched, seen: Seen) -> Iterator[str]:
         yield from _block(chart)
     if (card := stands.verdict.card) is not None:
         yield f"The steps before step {card.step}:"
-        yield from _block(detail_lines(card, 100))
+        yield from _block(detail_lines(card, 100, len(info.layout.layers)))
     yield from _listed(listed(known.anomalies, known.cards, MOST_LISTED))
     if stands.policy:
         yield from _folded("policy", stands.policy.splitlines())
@@ -133,16 +134,20 @@ def _markdown(watched: Watched, seen: Seen) -> Iterator[str]:
 
 
 def _listed(findings: Listed) -> Iterator[str]:
+    events = findings.said_of_events
     if not findings.all:
+        if events:
+            yield from (f"Findings: none but {_text(events)}", "")
         return
-    events = f"; {findings.events} one-step events are not listed" if findings.events else ""
-    yield f"Findings, {ORDER}{events}:"
+    yield f"Findings, {ORDER}:"
     yield ""
     for place, one in enumerate(findings.all):
         if findings.left_out and place == len(findings.first):
             yield f"- ... {findings.left_out} more ..."
         said = _text(shown(one.message, 400))
-        yield f"- step {one.step}, {one.level} {one.kind}: {said}"
+        yield f"- step {one.step}, {one.level} {_text(one.kind)}: {said}"
+    if events:
+        yield f"- {_text(events)}"
     yield ""
 
 
@@ -203,9 +208,10 @@ def _sha256(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Words in Markdown: nothing in them is markup, a mention or a reference."""
-    safe = html.escape(" ".join(text.split()), quote=False)
-    safe = re.sub(r"([\\`*_{}\[\]()|~!])", r"\\\1", safe)
+    """Words in Markdown: nothing in them is markup, a mention or a reference. Brackets are escaped
+    and so parentheses need not be; an underscore within a word is none of its marks."""
+    safe = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    safe = re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", safe)
     return safe.replace("@", "@\N{ZERO WIDTH NON-JOINER}").replace(
         "#", "#\N{ZERO WIDTH NON-JOINER}"
     )

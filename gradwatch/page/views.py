@@ -143,7 +143,7 @@ def card_page(name: str, watched: Watched, card: Card, asked: Steps) -> dict[str
         "way": [(info.run, f"run?{query({'r': name})}")],
         "lines": [("when", f"{utc(card.time)}, found in step {card.step}"), *told(card)],
         "links": links,
-        "text": "\n".join(detail_lines(card, 110)),
+        "text": "\n".join(detail_lines(card, 110, len(info.layout.layers))),
     }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from gradwatch.recording.cards import Card
 from gradwatch.records import Origin
-from gradwatch.report.course import RISEN, first_step, rise_before, usual
+from gradwatch.report.aftermath import Aftermath
+from gradwatch.report.course import RISEN, SAME, first_step, rise_before, usual
 
-__all__ = ["Later", "to_do"]
+__all__ = ["to_do"]
 
 LATENCY = 5
 """Steps that it may have lasted when it is found."""
@@ -40,76 +40,77 @@ OTHERWISE = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Later:
-    """How the run stands since the card was written."""
-
-    step: int
-    loss: float
-    """Median of the last ones; NaN where none was logged."""
-
-    calm_since: int | None = None
-    """The first step in which no alert was open any more."""
-
-
-def to_do(card: Card, later: Later | None = None) -> str:
+def to_do(card: Card, after: Aftermath | None = None) -> str:
     """A sentence or two.
 
     Args:
-        later: None where all that is known is the card.
+        after: None where all that is known is the card.
     """
     rise = rise_before(card)
     bad_from = max(0, card.step - LATENCY) if rise is None else rise.step
     checkpoint = f"a checkpoint from before step {bad_from}"
     origin = None if card.culprit is None else card.culprit.origin
     if card.kind in ("exploding", "loss_spike"):
-        said = _by_the_loss(card, later)
+        said = _by_the_loss(card, after)
     elif card.kind in OTHERWISE:
         said = OTHERWISE[card.kind]
     elif origin is not None:
         said = TO_DO[origin]
     elif card.kind == "nonfinite":
-        said = _after_a_nonfinite_step(card, later)
+        said = _after_a_nonfinite_step(card, after)
     else:
         said = f"see what docs/detectors.md says of {card.kind}"
     if rise is not None:
-        said = (
-            f"find what set the learning rate to {rise.after:.3g} in step {rise.step} "
-            f"({rise.before:.3g} before). {said[0].upper()}{said[1:]}"
-        )
+        back = after.rate_back if after is not None else None
+        again = f"back to {back[1]:.3g} at {back[0]}" if back else f"{rise.before:.3g} before"
+        set_to = f"{rise.after:.3g} at step {rise.step} ({again})"
+        said = f"find what set the learning rate to {set_to}; {said}"
     return said.format(checkpoint=checkpoint, first=first_step(card))
 
 
-def _after_a_nonfinite_step(card: Card, later: Later | None) -> str:
-    replay = "set detect.culprit: replay in the policy to be told where it began the next time"
+def _after_a_nonfinite_step(card: Card, after: Aftermath | None) -> str:
     if not card.skipped:
-        return f"where the loss is not finite, go back to {{checkpoint}}; {replay}"
-    over = later is not None and later.calm_since is not None
+        return (
+            "where the loss is not finite, go back to {checkpoint}; set detect.culprit: replay in "
+            "the policy file to be told where it began the next time"
+        )
+    over = after is not None and after.good_since is not None
     alone = "" if over else " if it is this step alone"
-    return f"nothing urgent{alone}. Look at the batch of step {card.step}; {replay}"
+    return (
+        f"nothing urgent{alone}; look for NaN or inf in the batch of step {card.step}. "
+        "detect.culprit: replay in the policy file (reads what goes in and out each step) names "
+        "the module next time"
+    )
 
 
-def _by_the_loss(card: Card, later: Later | None) -> str:
-    """By what the loss has done in the abnormal steps of the card, and since."""
+def _by_the_loss(card: Card, after: Aftermath | None) -> str:
+    """By what the loss has done in the abnormal steps, and since."""
     losses = card.series.get("loss", ())
     before = usual(card, losses)
     within = [
-        loss
+        (loss, -step)
         for step, loss in zip(card.steps, losses, strict=False)
         if step >= first_step(card) and not math.isnan(loss)
     ]
-    batches = "look at the batches of these steps. " if card.kind == "loss_spike" else ""
+    batches = "look at the batches of these steps; " if card.kind == "loss_spike" else ""
     back = "go back to {checkpoint}, and lower the learning rate or the limit"
     if math.isnan(before) or not within:
         return f"{batches}where the loss has risen and stays up, {back}; where not, let it run"
-    worst = max(within)
-    if worst <= RISEN * before:
-        return f"{batches}the loss has not risen ({before:.3g} before, {worst:.3g} now): let it run"
-    too = "" if card.kind == "loss_spike" else " too"
-    rose = f"{batches}the loss rose{too}, from {before:.3g} to {worst:.3g} by step {card.step}"
-    if later is None or math.isnan(later.loss):
-        return f"{rose}: if it stays up, {back}"
-    now = f"(median of the last steps {later.loss:.3g})"
-    if later.loss > RISEN * before:
-        return f"{rose}, and is still up {now}: {back}"
-    return f"{rose}, and has come back since {now}: no need to go back to a checkpoint"
+    worst, at = max(within)
+    if after is not None and after.loss is not None and after.loss.value > worst:
+        worst, at = after.loss.value, -after.loss.step
+    now = math.nan if after is None else after.loss_now
+    if now > RISEN * before:
+        return f"{batches}the loss is still up, {now:.3g} ({before:.3g} before): {back}"
+    if math.isnan(now):
+        if worst <= RISEN * before:
+            at_most = f"{before:.3g} before, {worst:.3g} at most"
+            return f"{batches}the loss has not risen ({at_most}): let it run"
+        rose = f"the loss rose from {before:.3g} to {worst:.3g} by step {-at}"
+        return f"{batches}{rose}: if it stays up, {back}"
+    if now <= SAME * before:
+        return f"{batches}the loss, {now:.3g}, is back where it was ({before:.3g}): let it run"
+    return (
+        f"{batches}the loss, {now:.3g}, is {now / before - 1:.0%} above before ({before:.3g}): "
+        "compare with {checkpoint} first"
+    )

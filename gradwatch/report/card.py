@@ -15,13 +15,15 @@ import numpy as np
 from gradwatch.chart import log_chart
 from gradwatch.recording.cards import Card
 from gradwatch.records import Culprit, Origin
-from gradwatch.report.advice import Later, to_do
+from gradwatch.report.advice import to_do
+from gradwatch.report.aftermath import Aftermath
 from gradwatch.report.course import (
     first_step,
     num_hit,
     rise_before,
     steps_before,
     steps_clipped,
+    usual,
     what_is_hit,
 )
 from gradwatch.report.moments import utc
@@ -51,8 +53,17 @@ THE_LOSS = "the loss"
 
 TIMES = re.compile(r" is ([\d.e+]+)x its median ")
 
+SINCE_CLAUSE = re.compile(
+    r"(?P<what>.*?) since step (?P<step>\d+)(?P<how>, [^;]*)?(?P<more>;.*)?", re.DOTALL
+)
+
+UPWARD = ("exploding", "loss_spike", "diverging")
+"""Kinds that a largest value says how far they went of."""
+
 AT_ONCE = 3
 """Steps with a bad batch that are named."""
+
+BAD_LOSS = re.compile(r"and the loss is (nan|-?inf)")
 
 EVIDENCE = {
     "flags": "gradients, weights and loss of the step",
@@ -74,21 +85,27 @@ def headline(card: Card) -> str:
     return f"step {card.step}  {card.level} {card.kind}{where}"
 
 
-def card_lines(card: Card, width: int = 100) -> Iterator[str]:
+def card_lines(card: Card, width: int = 100, num_layers: int = 0) -> Iterator[str]:
     """The whole card; what is text is wrapped, tables are not."""
     run = printable(card.environment.get("run", ""))
     yield f"{headline(card)}, {utc(card.time)}, run {run}"
     for label, text in told(card):
         yield from labelled(label, text, width)
-    yield from detail_lines(card, width)
+    yield from detail_lines(card, width, num_layers)
 
 
-def detail_lines(card: Card, width: int = 100) -> Iterator[str]:
-    """The card without what it comes to, for where that is said already."""
+def detail_lines(card: Card, width: int = 100, num_layers: int = 0) -> Iterator[str]:
+    """The card without what it comes to, for where that is said already.
+
+    Args:
+        num_layers: of the model; 0 where that is not known.
+    """
     for label, text in (("found", found(card)), *_evidence(card)):
         yield from labelled(label, text, width)
     yield ""
     yield from _history(card)
+    if len(card.norms) < num_layers:
+        yield f"{len(card.norms)} of {num_layers} layers: that of the finding and its neighbours"
     yield ""
     for label, text in _conditions(card):
         yield from labelled(label, text, width)
@@ -102,18 +119,31 @@ def labelled(label: str, text: str, width: int) -> list[str]:
     )  # fmt: skip
 
 
-def told(card: Card, later: Later | None = None) -> list[tuple[str, str]]:
-    """Labels and sentences: how it began, what was done, what to do."""
+def told(card: Card, after: Aftermath | None = None) -> list[tuple[str, str]]:
+    """Labels and sentences: what to do, how it began, how far it went, what was done."""
+    worst = _worst(card, after) if after is not None and card.kind in UPWARD else ""
     return [
-        ("began", _began(card)),
-        ("done", _done(card)),
-        ("to do", to_do(card, later)),
+        ("to do", to_do(card, after)),
+        ("began", _began(card, after)),
+        *([("worst", worst)] if worst else []),
+        ("done", _done(card, after)),
     ]
 
 
 def found(card: Card) -> str:
-    """What the detector says, without what `told` has of where it began."""
-    return printable(_without_hint(card.message, card.culprit), MOST_SAID)
+    """What the detector says, its first step in front, without what `told` has of the origin."""
+    message = _without_hint(card.message, card.culprit).removeprefix(f"{card.kind}: ")
+    return printable(begun_first(message), MOST_SAID)
+
+
+def begun_first(message: str) -> str:
+    """`... is 5x its median 1 since step 3, just after x; y` as `began in step 3, just after x: ...
+    is 5x its median 1; y`: the step is not that of the number in front of it."""
+    parts = SINCE_CLAUSE.fullmatch(message)
+    if parts is None:
+        return message
+    what = parts["what"].rstrip(",")
+    return f"began in step {parts['step']}{parts['how'] or ''}: {what}{parts['more'] or ''}"
 
 
 def what_came_before(card: Card) -> list[str]:
@@ -123,10 +153,8 @@ def what_came_before(card: Card) -> list[str]:
         said.append(f"began in {_origin(culprit)}")
     rise = rise_before(card)
     if rise is not None:
-        steps = first_step(card) - rise.step
-        said.append(
-            f"{steps} step{'s' * (steps != 1)} after the learning rate rose {rise.times:.3g}x"
-        )
+        steps = _count(first_step(card) - rise.step, "step")
+        said.append(f"{steps} after the learning rate rose {rise.times:.3g}x")
     elif culprit is not None and THE_LOSS in culprit.near:
         said.append("together with the loss")
     return said
@@ -151,12 +179,19 @@ def _origin(culprit: Culprit) -> str:
     return BEGAN[culprit.origin].format(where=printable(where))
 
 
-def _began(card: Card) -> str:
+def _began(card: Card, after: Aftermath | None) -> str:
     culprit, first, rise = card.culprit, first_step(card), rise_before(card)
     said = []
     if rise is not None:
         rates = f"from {rise.before:.3g} to {rise.after:.3g}"
-        said.append(f"at step {rise.step} the learning rate rose {rates}")
+        back = after.rate_back if after is not None else None
+        ended = ""
+        if back is not None:
+            steps = back[0] - rise.step
+            ended = (
+                f", and was back at {back[1]:.3g} in step {back[0]}, {_count(steps, 'step')} later"
+            )
+        said.append(f"at step {rise.step} the learning rate rose {rates}{ended}")
     hit = num_hit(card)
     many = hit > 1 and card.layer is not None and card.kind != "nonfinite"
     if rise is not None or first < card.step:
@@ -166,28 +201,101 @@ def _began(card: Card) -> str:
     if culprit is not None and culprit.origin is not None:
         said.append(f"in {_origin(culprit)}")
     elif culprit is not None and card.kind == "nonfinite":
-        said.append(culprit.message.removesuffix(REPLAY_HINT))
+        said.append(_undetermined(culprit.message.removesuffix(REPLAY_HINT)))
     if many:
-        worst = f"{printable(card.layer)}{_times(card)}"
-        how = "furthest above its own median" if _times(card) else "furthest off"
-        said.append(f"{how} in step {card.step}: {worst}")
+        if after is None or after.layer is None or card.kind not in UPWARD:
+            worst = f"{printable(card.layer)}{_times(card)}"
+            said.append(f"furthest off in step {card.step}: {worst}")
     elif card.layer and (culprit is None or culprit.module != card.layer):
         said.append(f"layer {printable(card.layer)}{_times(card)}")
     return printable("; ".join(said) or "not determined", MOST_SAID)
 
 
+def _undetermined(message: str) -> str:
+    """With what follows from it: a loss that was not finite was made before the backward pass."""
+    loss = BAD_LOSS.search(message)
+    if loss is None:
+        return message
+    return (
+        f"with the loss, which was {loss[1]} before the backward pass: the batch, the forward pass "
+        "or the loss function gave it, not the gradients; which of these is not determined"
+    )
+
+
 def _times(card: Card) -> str:
     """By which the detector has it, so that no second median is told of."""
     ratio = TIMES.search(card.message)
-    return f" ({ratio[1]}x)" if ratio is not None else ""
+    return f" ({ratio[1]}x its median)" if ratio is not None else ""
 
 
-def _done(card: Card) -> str:
+def _times_as_said(times: float) -> str:
+    return f"{times:.3g}x" if times < 999.5 else f"{times:,.0f}x"
+
+
+def _worst(card: Card, after: Aftermath) -> str:
+    """The largest of each number in all the steps that were looked at, with its step."""
+    said = []
+    if after.layer is not None:
+        peak = after.layer
+        said.append(
+            f"{printable(peak.layer)} {_times_as_said(peak.value)} its median in step {peak.step}"
+        )
+    for name, peak_of, series in (
+        ("total norm", after.norm, "total_norm"),
+        ("loss", after.loss, "loss"),
+    ):
+        if peak_of is not None:
+            before = usual(card, card.series.get(series, ()))
+            was = "" if math.isnan(before) else f" ({before:.3g} before)"
+            said.append(f"{name} {peak_of.value:.3g}{was} in step {peak_of.step}")
+    part = ""
+    if after.until < after.step - 1:
+        part = f"of steps {after.first} to {after.until}: "
+    return part + ", ".join(said) if said else ""
+
+
+def _done(card: Card, after: Aftermath | None) -> str:
     if card.environment.get("mode") != "enforce":
         return f"nothing: no policy is enforced, and step {card.step} was taken as it was"
     if card.skipped:
         reason = printable(card.skipped)
-        return f"step {card.step} was skipped ({reason}): weights and optimizer as before"
+        return (
+            f"step {card.step} was skipped ({reason}): weights and optimizer as before"
+            f"{_of_buffers(after)}"
+        )
+    by = _clipped_since(after) if after is not None else _clipped(card)
+    rise = rise_before(card)
+    if after is not None and rise is not None and after.rise_taken:
+        by += (
+            f"; step {rise.step} was taken with the raised learning rate, which a limit on the "
+            "norm does not hold back"
+        )
+    return by
+
+
+def _of_buffers(after: Aftermath | None) -> str:
+    if after is not None and after.batch_norms:
+        names = ", ".join(printable(name) for name in after.batch_norms[:AT_ONCE])
+        more = ", ..." if len(after.batch_norms) > AT_ONCE else ""
+        return f". Not undone: what its forward pass did to BatchNorm statistics ({names}{more})"
+    return ". Not undone: what its forward pass did to buffers, such as running statistics"
+
+
+def _clipped_since(after: Aftermath) -> str:
+    until = f"to {after.until}" if after.until < after.step - 1 else "on"
+    of_all = f"of the {_count(after.num_steps, 'step')} from {after.first} {until}"
+    if not after.num_clipped or after.hardest is None:
+        return f"nothing: none {of_all} was clipped"
+    step, before, clipped = after.hardest
+    rules = ", ".join(printable(rule) for rule in after.fired[:AT_ONCE])
+    by = f" by the rule {rules}" if rules else ""
+    hardest = f"the hardest in step {step}, {before:.3g} -> {clipped:.3g}"
+    were = "was" if after.num_clipped == 1 else "were"
+    return f"{after.num_clipped} {of_all} {were} clipped{by} ({hardest}) and taken"
+
+
+def _clipped(card: Card) -> str:
+    """By what the card alone holds."""
     clipped = steps_clipped(card)
     if not clipped:
         return f"nothing: step {card.step} was taken as it was"
@@ -198,7 +306,8 @@ def _done(card: Card) -> str:
     fired = ", ".join(printable(rule) for rule in card.fired)
     by = ""
     if card.clip_coef < 1:
-        by = f" by the rule {fired} (step {card.step} to {card.clip_coef:.3g} of its norm)"
+        before, after = (card.series[name][-1] for name in ("total_norm", "total_norm_clipped"))
+        by = f" by the rule {fired} (step {card.step}: {before:.3g} -> {after:.3g})"
     return f"{which} clipped{by} and taken"
 
 
@@ -240,8 +349,8 @@ def _history(card: Card) -> Iterator[str]:
         if all(map(math.isnan, values)) and not name.startswith(("total_norm", "layer ")):
             continue
         chart = log_chart(values, 1)[0]
-        usual = [value for value in values[:until] if math.isfinite(value)]
-        median = f"{np.median(usual):.4g}" if usual else "-"
+        known = [value for value in values[:until] if math.isfinite(value)]
+        median = f"{np.median(known):.4g}" if known else "-"
         yield f"{name:<{width}}  {chart}  {median:>14}  {values[-1]:>10.4g}"
 
 
@@ -276,3 +385,7 @@ def printable(text: str | None, widest: int = WIDEST_NAME) -> str:
     """Text from outside, without what a terminal would act on, and cut where it is long."""
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text or "")
     return shown if len(shown) <= widest else f"{shown[: widest - 3]}..."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -49,36 +49,35 @@ def _lines(recording: Recording, last_anomaly: bool, step: int | None) -> Iterat
         return
     for number, card in enumerate(chosen):
         yield from [""] * bool(number)
-        yield from card_lines(card, WIDTH)
+        yield from card_lines(card, WIDTH, len(recording.layers))
     if len(others := {card.kind for card in cards if card.step == chosen[0].step}) > len(chosen):
         more = ", ".join(sorted(others - {card.kind for card in chosen}))
         yield from labelled("also", f"{more} (--step {chosen[0].step})", WIDTH)
 
 
 def _overview(recording: Recording) -> Iterator[str]:
-    info, steps = recording.info, recording.last(1)
-    reached = f"step {steps[-1].step}" if steps else "no step yet"
-    yield f"run {printable(info.run)}, rank {info.rank}: {recording.state}, {reached}, " + (
+    stands = Standing(recording.path).look()
+    info, known, verdict = stands.info, stands.known, stands.verdict
+    reached = f"step {known.step}" if known.step is not None else "no step yet"
+    yield f"run {printable(info.run)}, rank {info.rank}: {stands.state}, {reached}, " + (
         f"{len(recording.layers)} layers"
     )
-    stands = Standing(recording.path).look()
-    known, verdict = stands.known, stands.verdict
     yield from labelled("verdict:", verdict.headline, WIDTH)
     for label, text in verdict.lines:
         yield from labelled(label, text, WIDTH)
+    yield from labelled("when", stands.span, WIDTH)
     yield from _findings(listed(known.anomalies, known.cards, MOST_LISTED))
     if known.cards:
         yield "--last-anomaly prints the whole card, --step N that of another step"
 
 
 def _findings(findings: Listed) -> Iterator[str]:
-    events = f"{findings.events} one-step event{'s' * (findings.events != 1)}, which page nobody"
+    events = findings.said_of_events
     if not findings.all:
-        if findings.events:
+        if events:
             yield from labelled("findings", f"none but {events}", WIDTH)
         return
-    also = f", and {events}" if findings.events else ""
-    yield f"findings, {ORDER}{also}:"
+    yield f"findings, {ORDER}:"
     for place, one in enumerate(findings.all):
         if findings.left_out and place == len(findings.first):
             yield f"  ... {findings.left_out} more ..."
@@ -88,3 +87,4 @@ def _findings(findings: Listed) -> Iterator[str]:
             f"step {one.step}  {one.level} {one.kind}: {printable(one.message, 400)}{steps}",
             WIDTH, initial_indent="  ", subsequent_indent=" " * 6, break_on_hyphens=False,
         )  # fmt: skip
+    yield from textwrap.wrap(events, WIDTH, initial_indent="  ", subsequent_indent=" " * 6)

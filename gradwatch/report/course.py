@@ -18,6 +18,7 @@ from gradwatch.rules.detect_regime import JUMP
 
 __all__ = [
     "RISEN",
+    "SAME",
     "Rise",
     "first_step",
     "num_hit",
@@ -30,6 +31,9 @@ __all__ = [
 
 RISEN = 1.3
 """Times its median before that a loss must be to have risen."""
+
+SAME = 1.02
+"""Times its median before up to which a loss is the same."""
 
 FEWEST = 5
 """Values that a median is made of."""

@@ -11,12 +11,22 @@ from dataclasses import dataclass
 from gradwatch.policy import KINDS
 from gradwatch.recording.cards import Card
 from gradwatch.records import Anomaly, Level
-from gradwatch.report.card import found
+from gradwatch.report.card import begun_first, found, printable
 
 __all__ = ["ORDER", "Finding", "Listed", "findings_of", "listed", "urgency"]
 
 ORDER = "oldest first"
 """As a heading says it."""
+
+
+MEANS = {
+    "spike": "a norm far above its median in that step",
+    "overflow": "a gradient that the loss scaler dropped",
+}
+"""What an event is, for kinds whose name does not say it."""
+
+EVENTS_NAMED = 5
+"""Of each kind, the first ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +53,26 @@ class Listed:
     """Between the two."""
 
     newest: Sequence[Finding]
-    events: int
-    """One-step events, which page nobody and are not listed."""
+    events: Sequence[Anomaly]
+    """Of one step each, which are not listed."""
+
+    @property
+    def said_of_events(self) -> str:
+        """`2 events of one step each, none an alert: spike (...) at step 301, 356`; empty where
+        there are none."""
+        if not self.events:
+            return ""
+        kinds = dict.fromkeys(one.kind for one in self.events)
+        said = []
+        for kind in kinds:
+            steps = [one.step for one in self.events if one.kind == kind]
+            named = ", ".join(map(str, steps[:EVENTS_NAMED]))
+            more = f" and {len(steps) - EVENTS_NAMED} more" if len(steps) > EVENTS_NAMED else ""
+            means = f" ({MEANS[kind]})" if kind in MEANS else ""
+            said.append(f"{printable(kind)}{means} at step {named}{more}")
+        number = len(self.events)
+        count = "1 event of one step" if number == 1 else f"{number} events of one step each"
+        return f"{count}, none an alert: {'; '.join(said)}"
 
     @property
     def all(self) -> list[Finding]:
@@ -53,7 +81,7 @@ class Listed:
 
 def listed(anomalies: Sequence[Anomaly], cards: Sequence[Card], most: int) -> Listed:
     every = findings_of(anomalies, cards)
-    events = sum(one.level == "event" for one in anomalies)
+    events = [one for one in anomalies if one.level == "event"]
     if len(every) <= most:
         return Listed(first=every, left_out=0, newest=(), events=events)
     newest = every[len(every) - most + 1 :] if most > 1 else []
@@ -83,10 +111,11 @@ def findings_of(anomalies: Sequence[Anomaly], cards: Sequence[Card]) -> list[Fin
 def _finding(anomaly: Anomaly | None, card: Card | None, more: Sequence[int]) -> Finding:
     known = anomaly or card
     assert known is not None
-    message = known.message if card is None else found(card)
+    message = known.message.removeprefix(f"{known.kind}: ")
+    message = begun_first(message) if card is None else found(card)
     return Finding(
         step=known.step, kind=known.kind, level=known.level, layer=known.layer,
-        message=message.removeprefix(f"{known.kind}: "), card=card, more=more,
+        message=message, card=card, more=more,
     )  # fmt: skip
 
 

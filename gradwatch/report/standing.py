@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,9 @@ from gradwatch.recording.reader import Recording
 from gradwatch.recording.tail import Tail
 from gradwatch.recording.writer import writer_lives
 from gradwatch.records import Anomaly, RunInfo, StepRecord
+from gradwatch.report.aftermath import BEFORE, MOST, Aftermath, Course
 from gradwatch.report.course import first_step
+from gradwatch.report.moments import utc
 from gradwatch.report.verdict import Known, Verdict, verdict
 
 __all__ = ["RECENT", "Standing", "Stands"]
@@ -26,7 +28,6 @@ __all__ = ["RECENT", "Standing", "Stands"]
 RECENT = 50
 """Steps that the share of clipped ones is of."""
 
-RECENT_LOSSES = 10
 CHUNK = 2000
 
 
@@ -49,6 +50,13 @@ class Stands:
         return self.known.state
 
     @property
+    def span(self) -> str:
+        """From when to when it went."""
+        last = self.known.last_time
+        end = f", last step at {utc(last)}" if math.isfinite(last) else ""
+        return f"started {utc(self.info.started)}{end}"
+
+    @property
     def policy(self) -> str:
         """In force, as YAML; empty without one."""
         return self.policies[-1][1] if self.policies else self.info.policy
@@ -61,6 +69,8 @@ class Standing:
         self.path = path
         self._follower: Follower | None = None
         self._times: dict[int, float] = {}
+        self._course: Course | None = None
+        self._course_of: tuple[int, str] | None = None
 
     def look(self) -> Stands:
         """
@@ -81,7 +91,6 @@ class Standing:
             state=state,
             step=None if latest is None else latest.step,
             latest=latest,
-            recent_loss=_recent_loss(recent),
             num_layers=len(info.layout.layers),
             times=dict(self._times),
             last_time=math.nan if latest is None else latest.time,
@@ -92,6 +101,8 @@ class Standing:
             open_since={} if self._follower is None else dict(self._follower.open_since),
             calm_since=None if self._follower is None else self._follower.calm_since,
         )
+        if (card := verdict(known).card) is not None:
+            known = replace(known, after=self._after(card, info, known, recent))
         return Stands(
             info=info,
             known=known,
@@ -100,6 +111,26 @@ class Standing:
             clipped=float(np.mean([one.clipped for one in recent])) if recent else math.nan,
             policies=policies,
         )
+
+    def _after(
+        self, card: Card, info: RunInfo, known: Known, recent: Sequence[StepRecord]
+    ) -> Aftermath | None:
+        """How it went on since the card that the verdict tells of; only new records are read."""
+        with Recording(self.path) as recording:
+            first = first_step(card)
+            if self._course is None or self._course_of != (card.step, card.kind):
+                before = recording.records(max(0, first - BEFORE), first)
+                self._course, self._course_of = Course(card, info.layout, before), (
+                    card.step, card.kind,
+                )  # fmt: skip
+            course, newest = self._course, known.step
+            assert newest is not None
+            # What is logged for the newest step of a live run may still come.
+            end = min(newest + (known.state != "running"), first + MOST)
+            if course.next < end:
+                for record in recording.records(course.next, end):
+                    course.take(record)
+        return course.so_far(recent)
 
     def _note_times(self, recording: Recording, cards: Sequence[Card]) -> None:
         """Of the steps in which alerts began; their cards know that of the finding."""
@@ -124,8 +155,3 @@ class Standing:
             if follower.caught_up:
                 break
         return None if follower.unjudged else dict(follower.tally.snapshot().active)
-
-
-def _recent_loss(recent: Sequence[StepRecord]) -> float:
-    losses = [one.scalars["loss"] for one in recent if "loss" in one.scalars]
-    return float(np.median(losses[-RECENT_LOSSES:])) if losses else math.nan

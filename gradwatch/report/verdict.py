@@ -12,7 +12,7 @@ from typing import Literal
 
 from gradwatch.recording.cards import Card
 from gradwatch.records import Anomaly, StepRecord
-from gradwatch.report.advice import Later
+from gradwatch.report.aftermath import FAR, NEAR, Aftermath
 from gradwatch.report.card import printable, told, what_came_before, widest
 from gradwatch.report.course import RISEN, first_step, num_hit, usual
 from gradwatch.report.findings import urgency
@@ -28,6 +28,9 @@ SILENT_SECONDS, SILENT_STEPS = 60.0, 20.0
 
 WORDS = {"nonfinite": "nonfinite (NaN or inf)"}
 """Kinds that their names alone do not tell of."""
+
+NAMED = 3
+"""Layers that are named."""
 
 JUST_BEFORE = 50
 """Steps between an alert and an end that it is named with."""
@@ -52,9 +55,6 @@ class Known:
     latest: StepRecord | None = None
     """Of that step."""
 
-    recent_loss: float = math.nan
-    """Median of the last ones that were logged."""
-
     num_layers: int = 0
     """Of the model; 0 where that is not known."""
 
@@ -71,6 +71,9 @@ class Known:
 
     calm_since: int | None = None
     """The first step in which no alert was open any more, where that was seen."""
+
+    after: Aftermath | None = None
+    """How it went on since the card of the verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +129,12 @@ def verdict(known: Known, now: float | None = None) -> Verdict:
             health="healthy",
             headline=f"Healthy up to step {known.step:,}, with {_count(len(warnings), 'warning')}; "
             f"the last: {last.kind}{_in(last.layer)} at step {last.step}",
-            lines=_now(known, None),
+            lines=_lines(known, _card_at(known, last.step, last.kind)),
             card=_card_at(known, last.step, last.kind),
         )
     return Verdict(
         health="healthy",
-        headline=f"Healthy: no alert up to step {known.step:,}",
+        headline=f"Healthy: no alert and no warning up to step {known.step:,}",
         lines=[("to do", "nothing"), *_now(known, None)],
     )
 
@@ -150,17 +153,59 @@ def _not_healthy(known: Known, alerts: Sequence[tuple[int, str]], now: float) ->
     ago = f", {duration(now - when)} ago" if known.state == "running" else ""
     moment = f" ({utc(when)}{ago})" if math.isfinite(when) else ""
     also = f"; also {', '.join(others)}" if others else ""
+    also += _in_all(known, alerts, 1 + len(others))
     end = "" if known.state == "running" else f"; the run {known.state} at step {known.step}"
     if known.state == "finished":
-        end = f"; not over when the run finished at step {known.step}"
+        end = f"; not over at its end, step {known.step}"
     layer = next(iter((known.open or {}).get(kind, ())), None)
+    if card is not None and (back := _back_but_for(known, card)):
+        return Verdict(
+            health="warning",
+            headline=f"{back}: exploded at step {first}{moment} {_told_shortly(known, card, '')}"
+            f"{also}",
+            lines=_lines(known, card),
+            card=card,
+        )
     what = f"{kind}{_in(layer)}" if card is None else _told_shortly(known, card)
     return Verdict(
         health="alert",
         headline=f"Not healthy since step {first}{moment}: {what}{also}{end}",
-        lines=[*told(card, _later(known, card)), *_now(known, card)] if card else (),
+        lines=_lines(known, card),
         card=card,
     )
+
+
+def _lines(known: Known, card: Card | None) -> list[tuple[str, str]]:
+    return [*([] if card is None else told(card, known.after)), *_now(known, card)]
+
+
+def _back_but_for(known: Known, card: Card) -> str:
+    """What is to be said of an explosion that is over for most layers, while its alert is open:
+    the detector waits until each layer has been near its median for some steps."""
+    after, ended = known.after, known.state in ("crashed", "stopped")
+    if card.kind != "exploding" or set(known.open or ()) != {"exploding"} or ended:
+        return ""
+    before = math.nan if card is None else usual(card, card.series.get("total_norm", ()))
+    if after is None or not after.layers_now or not after.norm_now <= NEAR * before:
+        return ""
+    up = after.still_up
+    if 2 * len(up) >= len(after.layers_now) or len(up) >= max(num_hit(card), 1):
+        return ""
+    if not up:
+        return "Back, its alert not closed yet"
+    worst = f"{printable(up[0])} ({after.layers_now[up[0]]:.3g}x its median)"
+    more = f" and {len(up) - 1} more" if len(up) > 1 else ""
+    return f"Back but for {worst}{more}"
+
+
+def _in_all(known: Known, alerts: Sequence[tuple[int, str]], named: int) -> str:
+    """How many findings there are, where they are more than those that are named."""
+    warnings = sum(one.level == "warning" for one in known.anomalies)
+    if len(alerts) + warnings <= named:
+        return ""
+    said = [_count(number, noun) for number, noun in
+            ((len(alerts), "alert"), (warnings, "warning")) if number]  # fmt: skip
+    return f"; {', '.join(said)} in all"
 
 
 def _order(kind: str, step: int, card: Card | None) -> tuple[int, bool, int]:
@@ -169,11 +214,12 @@ def _order(kind: str, step: int, card: Card | None) -> tuple[int, bool, int]:
     return first, card is None or not num_hit(card), urgency(kind)
 
 
-def _told_shortly(known: Known, card: Card) -> str:
+def _told_shortly(known: Known, card: Card, kind: str | None = None) -> str:
     """`exploding in all 5 layers, 1 step after the learning rate rose 100x`."""
     where = widest(card, known.num_layers)
-    kind = WORDS.get(card.kind, card.kind)
-    return ", ".join([f"{kind}{f' in {where}' if where else ''}", *what_came_before(card)])
+    kind = WORDS.get(card.kind, card.kind) if kind is None else kind
+    what = f"{kind}{f' in {where}' if where else ''}".strip()
+    return ", ".join([*([what] if what else []), *what_came_before(card)])
 
 
 def _time_of(known: Known, step: int, card: Card | None) -> float:
@@ -181,35 +227,53 @@ def _time_of(known: Known, step: int, card: Card | None) -> float:
     return known.times.get(step, math.nan if card is None else card.time)
 
 
-def _later(known: Known, card: Card) -> Later | None:
-    if known.step is None or known.step <= card.step:
-        return None
-    return Later(step=known.step, loss=known.recent_loss, calm_since=known.calm_since)
-
-
 def _now(known: Known, card: Card | None) -> list[tuple[str, str]]:
     """How it stands by now, beside how it was before the steps of the card."""
-    latest = known.latest
+    latest, after = known.latest, known.after
     if latest is None or (card is not None and latest.step <= card.step):
         return []
+    where, loss, norm = f"at step {latest.step}", latest.scalars.get("loss", math.nan), math.nan
+    if after is None or math.isnan(after.norm_now):
+        norm = latest.total_norm
+    else:
+        where = f"medians of the last {after.num_recent} steps, to {after.step}"
+        loss, norm = after.loss_now, after.norm_now
     series = {} if card is None else card.series
-    values = [
-        ("loss", series.get("loss", ()), latest.scalars.get("loss", math.nan)),
-        ("total norm", series.get("total_norm", ()), latest.total_norm),
-        ("learning rate", series.get("learning_rate", ()), latest.learning_rate),
-    ]
-    # What an open alert is open by, where the run as a whole has come down.
-    for layer in [] if card is None else list((known.open or {}).get(card.kind, ()))[:1]:
-        if card is not None and layer in card.norms and layer in latest.layers:
-            norm = float(latest.grad_norms[latest.layers.index(layer)])
-            values.append((f"norm of {printable(layer)}", card.norms[layer], norm))
     said = []
-    for name, course, value in values:
+    for name, course, value in (
+        ("loss", series.get("loss", ()), loss),
+        ("total norm", series.get("total_norm", ()), norm),
+        ("learning rate", series.get("learning_rate", ()), latest.learning_rate),
+    ):
         before = math.nan if card is None else usual(card, course)
         if not math.isnan(value):
             was = "" if math.isnan(before) else f" ({before:.3g} before)"
             said.append(f"{name} {value:.3g}{was}")
-    return [("now", f"at step {latest.step}: {', '.join(said)}")]
+    more = [] if card is None or after is None else _stands_out(known, card, after)
+    return [("now", f"{where}: {'; '.join([', '.join(said), *more])}")]
+
+
+def _stands_out(known: Known, card: Card, after: Aftermath) -> list[str]:
+    """What an open alert is open by, and since when the run as a whole is back."""
+    said = []
+    if card.kind == "exploding" and after.layers_now:
+        up = after.still_up
+        named = ", ".join(
+            f"{printable(layer)} {after.layers_now[layer]:.3g}x" for layer in up[:NAMED]
+        )
+        more = f" and {len(up) - NAMED} more" if len(up) > NAMED else ""
+        said.append(
+            f"above {NEAR:g}x their median: {named}{more}" if up
+            else f"no layer above {NEAR:g}x its median"
+        )  # fmt: skip
+    if after.good_since is not None and card.kind in ("exploding", "loss_spike"):
+        said.append(f"total norm below {FAR:g}x since step {after.good_since}")
+    if known.open is not None and known.open:
+        kinds = sorted(known.open, key=urgency)
+        said.append(f"open: {', '.join(f'{kind}{_in_some(known.open[kind])}' for kind in kinds)}")
+    elif known.calm_since is not None and after.good_since not in (None, known.calm_since):
+        said.append(f"last alert closed at step {known.calm_since}")
+    return said
 
 
 def _since(known: Known, alerts: Sequence[tuple[int, str]], kind: str) -> int | None:
@@ -227,27 +291,44 @@ def _over(known: Known, alerts: Sequence[tuple[int, str]]) -> Verdict:
             break
         step, kind = earlier, other
     card = _card_at(known, step, kind)
-    since = f" since step {known.calm_since}" if known.calm_since is not None else ""
+    after = known.after
     first = step if card is None else first_step(card)
     when = _time_of(known, first, card)
     moment = f" ({utc(when)})" if math.isfinite(when) else ""
+    good = _good_since(known, alerts, card)
+    since = f" since step {good}" if good is not None else ""
+    warnings = sum(one.level == "warning" for one in known.anomalies)
+    count = _count(len(alerts), "alert")
+    count += f" and {_count(warnings, 'warning')}" if warnings else ""
     which = "; see " if len(alerts) > 1 else ": "
     what = kind if card is None else _told_shortly(known, card)
-    skipped = "; that step was skipped" if card is not None and card.skipped else ""
+    alone = ""
+    if after is not None and after.num_nonfinite == 1 and kind == "nonfinite":
+        alone = " alone"
+    skipped = "; it was skipped" if card is not None and card.skipped else ""
     before = math.nan if card is None else usual(card, card.series.get("loss", ()))
-    is_up = known.recent_loss > RISEN * before
+    loss = math.nan if after is None else after.loss_now
+    is_up = loss > RISEN * before
     again = f"Healthy again{since}"
     if is_up:
-        again = (
-            f"Loss still up, {known.recent_loss:.3g} ({before:.3g} before); no alert open{since}"
-        )
+        again = f"Loss still up, {loss:.3g} ({before:.3g} before); no alert open"
+        again += f" since step {known.calm_since}" if known.calm_since is not None else ""
     return Verdict(
         health="warning" if is_up else "over",
-        headline=f"{again}, after {_count(len(alerts), 'alert')}{which}{what}, "
-        f"at step {first}{moment}{skipped}",
-        lines=[*told(card, _later(known, card)), *_now(known, card)] if card else (),
+        headline=f"{again}, after {count}{which}{what}, at step {first}{alone}{moment}{skipped}",
+        lines=_lines(known, card),
         card=card,
     )
+
+
+def _good_since(known: Known, alerts: Sequence[tuple[int, str]], card: Card | None) -> int | None:
+    """The first step from which on the numbers were as before; where these do not tell, that in
+    which the last alert was closed."""
+    good = None if known.after is None else known.after.good_since
+    tells = card is not None and card.kind in ("nonfinite", "exploding")
+    if tells and good is not None and all(step < good for step, _ in alerts):
+        return good
+    return known.calm_since
 
 
 def _alerts(known: Known) -> list[tuple[int, str]]:
@@ -269,6 +350,12 @@ def _card_at(known: Known, step: int, kind: str) -> Card | None:
 
 def _in(layer: str | None) -> str:
     return f" in {printable(layer)}" if layer else ""
+
+
+def _in_some(layers: Sequence[str]) -> str:
+    named = ", ".join(printable(layer) for layer in layers[:NAMED])
+    more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+    return f" in {named}{more}" if layers else ""
 
 
 def _count(number: int, noun: str) -> str:

@@ -63,7 +63,7 @@ def of_explosion(
             message=f"in backward order the norms have grown from {known[first][0]} on ({listed}"
             f"{more}), behind {calm} ({ratio:.3g}x)",
         )
-    in_order = f"in backward order all have grown from the first one on ({listed}{more})"
+    in_order = f"every layer has grown, from the one nearest the loss on ({listed}{more})"
     grown = _growth(losses_before, loss)
     spread = [ratio / grown for _, ratio in known] if math.isfinite(grown) else []
     if grown > GROWN and all(1 / ALIKE < one < ALIKE for one in spread):

@@ -52,6 +52,27 @@ class TestHtml:
             url for url in looked.asked if not url.startswith(("file:", "data:", "blob:"))
         ] == []
 
+    def test_a_legend_has_an_entry_for_what_can_be_seen_alone(
+        self, exploding, record, look, tmp_path
+    ):
+        well = record("well")
+        well.steps(80)
+        well.pipeline.close("finished")
+        for run, levels in ((exploding, ["alert"]), (well, [])):
+            report = tmp_path / "report.html"
+            report.write_text(html_report(run.path), encoding="utf-8")
+            entries = (
+                look()
+                .open(report.as_uri())
+                .evaluate(
+                    "Bokeh.documents[0].get_model_by_name('figure total norm').above"
+                    ".flatMap((one) => one.items || []).filter((item) => item.visible)"
+                    ".map((item) => item.label.value)"
+                )
+            )
+            assert entries[:2] == ["before clipping", "after clipping"]
+            assert [one for one in entries if one in ("alert", "warning")] == levels
+
     def test_hostile_names_do_nothing_in_it(self, record, look, tmp_path):
         run = record(HOSTILE, layers=[HOSTILE, f"b.{HOSTILE}"], model=HOSTILE, host=HOSTILE)
         run.steps(120, spikes=dict.fromkeys(range(100, 105), 300.0))
@@ -69,6 +90,19 @@ def test_a_report_of_a_large_run_is_below_five_megabytes(record):
     run = record("large", layers=1000)
     run.steps(600, spikes=dict.fromkeys(range(300, 600, 20), 300.0))
     assert len(html_report(run.path)) < 5 * MEGABYTE
+
+
+def test_it_says_when_the_run_began_and_when_its_last_step_was(exploding):
+    head = html_report(exploding.path).partition("<header>")[2].partition("</header>")[0]
+    assert re.search(r"rank 0, started \S+ \S+ UTC, last step at \S+ \S+ UTC", head)
+
+
+def test_a_healthy_run_has_no_layers_that_are_far_from_usual(record, exploding):
+    run = record("well")
+    run.steps(200)
+    run.pipeline.close("finished")
+    assert "furthest from" not in html_report(run.path)
+    assert "furthest from" in html_report(exploding.path)
 
 
 def test_it_has_policy_environment_first_card_and_what_is_around_each_finding(exploding):
@@ -100,7 +134,9 @@ class TestMarkdown:
         run.steps(80)
         run.pipeline.close("finished")
         lines = markdown_report(run.path).splitlines()
-        assert lines[:3] == ["## Healthy: no alert up to step 79", "", "- **to do**: nothing"]
+        assert lines[:3] == [
+            "## Healthy: no alert and no warning up to step 79", "", "- **to do**: nothing"
+        ]  # fmt: skip
 
     def test_a_nan_is_told_with_what_was_done(self, record):
         run = record("bad")
@@ -110,7 +146,13 @@ class TestMarkdown:
         run.pipeline.close("finished")
         first = "\n".join(markdown_report(run.path).splitlines()[:5])
         assert "nonfinite" in first
-        assert "that step was skipped" in first
+        assert "it was skipped" in first
+
+    def test_words_can_be_read_without_a_renderer(self, exploding):
+        words = markdown_report(exploding.path).partition("| run |")[0]
+        assert " (" in words
+        assert "\\" not in words
+        assert "&gt;" not in words
 
     def test_names_are_neither_markup_nor_mentions(self, record):
         run = record(HOSTILE, layers=[HOSTILE, f"b.{HOSTILE}"])

@@ -35,9 +35,28 @@ def test_the_oldest_is_first_and_within_a_step_the_most_urgent():
     assert places(findings_of(found, [])) == [(3, "diverging"), (9, "exploding"), (9, "loss_spike")]
 
 
-def test_events_are_counted_and_not_listed():
-    found = listed([anomaly(1, "spike", "event"), anomaly(2)], [], 10)
-    assert (places(found.all), found.events) == ([(2, "exploding")], 1)
+def test_events_are_named_with_their_steps_and_not_listed():
+    events = [anomaly(step, "spike", "event") for step in (1, 5)]
+    found = listed([*events, anomaly(9)], [], 10)
+    assert places(found.all) == [(9, "exploding")]
+    assert found.said_of_events == (
+        "2 events of one step each, none an alert: spike (a norm far above its median in that "
+        "step) at step 1, 5"
+    )
+    assert listed([anomaly(9)], [], 10).said_of_events == ""
+
+
+def test_of_many_events_the_first_steps_are_named():
+    found = listed([anomaly(step, "spike", "event") for step in range(8)], [], 10)
+    assert found.said_of_events.endswith(" at step 0, 1, 2, 3, 4 and 3 more")
+
+
+def test_the_step_in_which_it_began_stands_in_front_and_behind_no_other_number():
+    message = "exploding: layer a: gradient norm 9 is 90x its median 0.1 since step 7, 1 step after"
+    (found,) = findings_of([replace(anomaly(9), message=message)], [])
+    assert found.message == (
+        "began in step 7, 1 step after: layer a: gradient norm 9 is 90x its median 0.1"
+    )
 
 
 def test_where_there_are_too_many_the_first_stays_with_the_newest():

@@ -57,9 +57,10 @@ def said(capsys, *arguments) -> list[str]:
 def test_the_first_lines_say_what_happened_and_what_to_do(recorded, capsys):
     lines = said(capsys, recorded(bad_weight_at=85), "--last-anomaly")
     assert lines[0].startswith("step 85  alert nonfinite in 2, ")
-    assert lines[1] == "began      in the weights of 2"
-    assert lines[2].startswith("done       step 85 was skipped (nonfinite)")
-    assert lines[3].startswith("to do      go back to a checkpoint from before step 80: ")
+    assert lines[1].startswith("to do      go back to a checkpoint from before step 80: ")
+    text = "\n".join(lines)
+    assert "\nbegan      in the weights of 2\n" in text
+    assert "\ndone       step 85 was skipped (nonfinite)" in text
     text = "\n".join(lines)
     assert "steps 66 to 85" in text
     assert "layer 0 " in text
@@ -71,7 +72,8 @@ def test_an_explosion_is_told_with_what_the_policy_did(recorded, capsys):
     lines = said(capsys, recorded(gain=1e3), "--last-anomaly")
     text = "\n".join(lines)
     assert "alert exploding" in lines[0]
-    assert "were clipped by the rule global (step 82 to 0." in text
+    assert "were clipped by the rule global (step 82: " in text
+    assert " -> 1)" in text
     assert "step 80, over the medians before it: the loss is" in text
 
 
@@ -97,7 +99,60 @@ def test_what_is_not_determined_is_said_once(tmp_path, capsys):
             optimizer.step()
     text = "\n".join(said(capsys, tmp_path))
     assert text.count("not determined") == text.count("replay") == 1
-    assert "Healthy again since step 45, after 1 alert: nonfinite (NaN or inf) in all 2" in text
+    words = " ".join(text.split())
+    assert "Healthy again since step 41, after 1 alert: nonfinite (NaN or inf) in all 2" in words
+    assert "at step 40 alone (" in words
+    assert "last alert closed at step 45" in words
+
+
+def test_what_a_loss_that_was_nan_before_the_backward_pass_means_is_told(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    policy = {"version": 1, "guard": {"nonfinite": "skip"}}
+    with gradwatch.attach(model, optimizer, policy, port=None, recording=tmp_path) as watch:
+        for step in range(60):
+            loss = model(torch.randn(16, 4)).square().mean() * (math.nan if step == 40 else 1)
+            optimizer.zero_grad()
+            watch.log(loss=loss)
+            loss.backward()
+            optimizer.step()
+    words = " ".join(" ".join(said(capsys, tmp_path)).split())
+    assert "with the loss, which was nan before the backward pass: the batch, the forward" in words
+    assert "look for NaN or inf in the batch of step 40" in words
+    assert "Not undone: what its forward pass did to BatchNorm statistics (1)" in words
+
+
+def test_what_to_do_is_in_the_first_five_lines_and_the_rest_behind_it(tmp_path, capsys):
+    """A learning rate that is raised for a few steps: the run comes back."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    policy = {"version": 1, "clip": [{"limit": 1.0}]}
+    inputs, targets = torch.randn(64, 4), torch.randn(64, 2)
+    with gradwatch.attach(model, optimizer, policy, port=None, recording=tmp_path) as watch:
+        for step in range(260):
+            optimizer.param_groups[0]["lr"] = 30.0 if 150 <= step < 153 else 1e-3
+            loss = (model(inputs) - targets).square().mean()
+            optimizer.zero_grad()
+            watch.log(loss=loss)
+            loss.backward()
+            optimizer.step()
+    lines = said(capsys, tmp_path)
+    labels = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert labels[1:7] == ["verdict:", "to", "began", "worst", "done", "now"]
+    first = " ".join(" ".join(lines[:5]).split())
+    assert "find what set the learning rate to 30 at step 150 (back to 0.001 at 153)" in first
+    words = " ".join(" ".join(lines).split())
+    records = list(gradwatch.open_recording(tmp_path).records(151, 260))
+    peak = max(records, key=lambda record: record.scalars["loss"])
+    assert f"loss {peak.scalars['loss']:.3g} (" in words
+    assert f"before) in step {peak.step}" in words
+    clipped = sum(record.clipped for record in records)
+    assert f"{clipped} of the 109 steps from 151 on were clipped by the rule global (the" in words
+    hardest = min(records, key=lambda record: record.clip_coef)
+    assert f"hardest in step {hardest.step}, {hardest.total_norm:.3g} -> 1)" in words
+    assert "step 150 was taken with the raised learning rate" in words
 
 
 def test_without_options_every_finding_has_its_line(recorded, capsys):
@@ -129,7 +184,9 @@ def test_an_episode_of_bad_steps_is_one_line(tmp_path, capsys):
 
 def test_a_healthy_run_is_said_to_be_healthy(recorded, capsys):
     directory = recorded()
-    assert said(capsys, directory)[1].startswith("verdict:   Healthy: no alert up to step ")
+    assert said(capsys, directory)[1].startswith(
+        "verdict:   Healthy: no alert and no warning up to step "
+    )
     assert said(capsys, directory, "--last-anomaly") == ["run on-call: no warning and no alert"]
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from gradwatch.recording.cards import card_of
 from gradwatch.records import Anomaly, Layout, Parameter, RunInfo, StepRecord
+from gradwatch.report.aftermath import Aftermath
+from gradwatch.report.course import first_step
 from gradwatch.report.moments import duration
 from gradwatch.report.verdict import Known, verdict
 
@@ -62,9 +64,17 @@ def explosion(step: int, since: int, rates: list[float], layers: int = 5):
     return card_of(RunInfo(run="x", layout=layout, mode="enforce"), found, records)
 
 
+def aftermath(of, **values) -> Aftermath:
+    first = first_step(of)
+    return Aftermath(**({"first": first, "until": 500, "num_steps": 501 - first, "step": 500,
+                         "num_recent": 20} | values))  # fmt: skip
+
+
 def test_a_run_without_a_finding_is_healthy_and_there_is_nothing_to_do():
     found = verdict(known(), NOW)
-    assert (found.health, found.headline) == ("healthy", "Healthy: no alert up to step 500")
+    assert (found.health, found.headline) == (
+        "healthy", "Healthy: no alert and no warning up to step 500"
+    )  # fmt: skip
     assert found.lines == [("to do", "nothing")]
 
 
@@ -77,9 +87,7 @@ def test_an_open_alert_says_since_when_what_where_and_what_was_done():
         "Not healthy since step 300 (1970-01-12 13:36:40 UTC, 10 min ago): exploding in block.1"
     )
     said = dict(found.lines)["done"]
-    assert (
-        said == "step 300 was clipped by the rule global (step 300 to 0.111 of its norm) and taken"
-    )
+    assert said == "step 300 was clipped by the rule global (step 300: 9 -> 1) and taken"
     assert "to do" in dict(found.lines)
     assert found.card.step == 300
 
@@ -125,8 +133,10 @@ def test_a_learning_rate_that_rose_just_before_is_in_the_first_line():
     lines = dict(found.lines)
     assert lines["began"].startswith("at step 300 the learning rate rose from 0.1 to 5; exploding")
     assert "from step 301 on in 5 layers" in lines["began"]
-    assert lines["began"].endswith("in step 303: block.0 (90x)")
-    assert lines["to do"].startswith("find what set the learning rate to 5 in step 300")
+    assert lines["began"].endswith("in step 303: block.0 (90x its median)")
+    assert lines["to do"].startswith(
+        "find what set the learning rate to 5 at step 300 (0.1 before)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,15 +160,41 @@ def test_what_the_loss_did_since_decides_whether_to_go_back():
     one = explosion(303, 301, RATES)
     losses = (*[0.5] * 9, 30.0, 30.0, 20.0, 9.0, 9.0)
     one = replace(one, series={**one.series, "loss": losses})
-    values = {"cards": [one], "open": {"exploding": ()}}
-    back = dict(verdict(known(**values, recent_loss=0.52), NOW).lines)["to do"]
-    assert back.endswith(
-        "has come back since (median of the last steps 0.52): no need to go back to a checkpoint"
+    for now, said in (
+        (0.505, "the loss, 0.505, is back where it was (0.5): let it run"),
+        (0.54, "the loss, 0.54, is 8% above before (0.5): compare with a checkpoint from before "
+         "step 300 first"),
+        (2.0, "the loss is still up, 2 (0.5 before): go back to a checkpoint from before step 300, "
+         "and lower the learning rate or the limit"),
+    ):  # fmt: skip
+        after = aftermath(one, loss_now=now)
+        found = verdict(known(cards=[one], open={"exploding": ()}, after=after), NOW)
+        assert dict(found.lines)["to do"].endswith(f"; {said}")
+
+
+def test_an_explosion_that_one_layer_has_not_come_back_from_names_that_layer():
+    one = explosion(303, 301, RATES)
+    layers = {f"block.{i}": 1.0 for i in range(5)}
+    values = {
+        "cards": [one],
+        "open": {"exploding": ("block.1",)},
+        "num_layers": 5,
+        "state": "finished",
+        "anomalies": [anomaly(303), anomaly(400, "diverging", "warning")],
+    }
+    after = aftermath(one, layers_now={**layers, "block.1": 3.6}, norm_now=10.0)
+    found = verdict(known(**values, after=after), NOW)
+    assert found.health == "warning"
+    assert found.headline == (
+        "Back but for block.1 (3.6x its median): exploded at step 301 (1970-01-12 13:41:43 UTC) "
+        "in all 5 layers, 1 step after the learning rate rose 50x; 1 alert, 1 warning in all"
     )
-    up = dict(verdict(known(**values, recent_loss=2.0), NOW).lines)["to do"]
-    assert (
-        "still up (median of the last steps 2): go back to a checkpoint from before step 300" in up
-    )
+    back = verdict(known(**values, after=aftermath(one, layers_now=layers, norm_now=10.0)), NOW)
+    assert back.headline.startswith("Back, its alert not closed yet: exploded at step 301")
+    most = layers | dict.fromkeys(("block.0", "block.1", "block.2"), 3.6)
+    for up, norm in ((most, 10.0), (layers, 30.0), ({}, 10.0)):
+        after = aftermath(one, layers_now=up, norm_now=norm)
+        assert verdict(known(**values, after=after), NOW).headline.startswith("Not healthy since")
 
 
 def test_an_alert_that_is_over_is_said_to_be_over_with_what_began_it():
@@ -177,12 +213,13 @@ def test_a_run_whose_loss_has_stayed_up_is_not_called_healthy_again():
     one = explosion(303, 301, RATES)
     one = replace(one, series={**one.series, "loss": (*[0.5] * 9, 30.0, 30.0, 20.0, 9.0, 9.0)})
     values = {"anomalies": [anomaly(303)], "cards": [one], "calm_since": 330}
-    found = verdict(known(**values, recent_loss=1.6), NOW)
+    found = verdict(known(**values, after=aftermath(one, loss_now=1.6)), NOW)
     assert found.health == "warning"
     assert found.headline.startswith(
         "Loss still up, 1.6 (0.5 before); no alert open since step 330"
     )
-    assert verdict(known(**values, recent_loss=0.6), NOW).headline.startswith("Healthy again")
+    well = verdict(known(**values, after=aftermath(one, loss_now=0.6)), NOW)
+    assert well.headline.startswith("Healthy again")
 
 
 def test_of_what_began_in_the_same_step_the_finding_that_says_where_is_told():

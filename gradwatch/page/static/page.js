@@ -155,6 +155,7 @@
         kind: "ModelChanged", model: { id: model(name).id }, attr: "data", new: data,
       }));
       drawn().apply_json_patch({ events });
+      tidyLegends();
       if (news.absolute) model("colours absolute")?.setv({ low: news.absolute[0] - 1e-3, high: news.absolute[1] });
       const wasWhole = isWhole();
       whole = [news.first, Math.max(news.last, news.first + 1)];
@@ -168,6 +169,17 @@
     }
     document.dispatchEvent(new CustomEvent("gradwatch:news"));
   }
+  // An entry of a legend whose symbol has nowhere to be says nothing.
+  function tidyLegends() {
+    for (const plot of plots()) for (const { items } of plot.above) for (const item of items || []) {
+      const shows = item.renderers.some(({ data_source, glyph }) => {
+        for (const value of data_source.data[glyph.y?.field] || []) if (Number.isFinite(value)) return true;
+        return false;
+      });
+      if (item.visible !== shows) item.visible = shows;
+    }
+  }
+
   let moving = false;
   function rangeChanged() {
     tellRange();
@@ -303,6 +315,7 @@
       Bokeh.set_log_level("error");  // it warns of a line that has nothing in this range
       if (facts.filled) fill(figures.docs);
       await Bokeh.embed.embed_items(figures.docs, figures.items);
+      tidyLegends();
       range = model("steps");
       whole = [facts.first, Math.max(facts.last, facts.first + 1)];
       following = facts.live && facts.to === null && facts.from !== null;
