@@ -6,6 +6,7 @@ The only place where a watch and its endpoint meet.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from gradwatch.errors import AttachError
 from gradwatch.export.exporter import Exporter
 from gradwatch.pipeline import Pipeline
 from gradwatch.policy import Policy, PolicyFile, load_policy
+from gradwatch.saying import say
 from gradwatch.watch import Watch
 
 __all__ = ["attach", "clip_grads_", "run_name"]
@@ -107,7 +109,18 @@ def attach(
     end_well(watch.pipeline, ends)
     if port is not None:
         watch.url = _served(watch.pipeline, host, port, discovery, ends)
+    _tell(watch)
     return watch
+
+
+def _tell(watch: Watch) -> None:
+    info, path = watch.pipeline.info, watch.pipeline.path
+    say(
+        logging.INFO,
+        "run %s, rank %d: %d layers, policy mode %s; recording %s; metrics %s",
+        info.run, info.rank, len(info.layout.layers), info.mode,
+        "none" if path is None else path, watch.url or "none of its own",
+    )  # fmt: skip
 
 
 def clip_grads_(

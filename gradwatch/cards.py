@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from gradwatch.recording.cards import Card, card_of
-from gradwatch.records import Anomaly, Culprit, Float64s, RunInfo, StepRecord
+from gradwatch.records import POLICY, Anomaly, Culprit, Float64s, RunInfo, StepRecord
 from gradwatch.rules.culprit_explosion import GROWN, of_explosion
 
 __all__ = ["cards_of"]
@@ -43,7 +43,9 @@ def cards_of(
     """
     found = []
     for anomaly in record.anomalies:
-        if anomaly.level == "event" or (anomaly.kind == "nonfinite" and record.culprit is not None):
+        if anomaly.level == "event" or anomaly.kind == POLICY:
+            continue
+        if anomaly.kind == "nonfinite" and record.culprit is not None:
             continue
         culprit = None
         if anomaly.kind == EXPLODING:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from typing import Any
 
-__all__ = ["say"]
+__all__ = ["one_line", "say"]
 
 _logger = logging.getLogger("gradwatch")
 
@@ -15,3 +15,10 @@ def say(level: int, message: str, *args: object, exc_info: Any = None) -> None:
     """Logs; a handler that raises is not a reason to end a training run."""
     with contextlib.suppress(Exception):
         _logger.log(level, message, *args, exc_info=exc_info)
+
+
+def one_line(text: str) -> str:
+    """Text from outside on one line: other control characters than white space are replaced."""
+    return "".join(
+        c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

@@ -163,7 +163,7 @@ def _asked(
 
 def _needs(query: str) -> str:
     """What the metrics of a query need that not every run has."""
-    needed = []
+    needed = ["an alert that fires"] if "ALERTS" in query else []
     for name in dict.fromkeys(_OF_GRADWATCH.findall(query)):
         try:
             needed.append(metric_of(name).needs)

@@ -93,7 +93,7 @@ def check_rules_command(prometheus: PrometheusUrl = "http://127.0.0.1:9090") -> 
 
     Rules with thresholds of your own are told as changed, which is no failure.
 
-    Exit codes: 0 all there and well; 1 a rule is missing or fails, or no Alertmanager is told;
+    Exit codes: 0 all there and well; 1 a rule is missing or fails, or no Alertmanager answers;
     2 Prometheus does not answer.
     """
     server = Prometheus(prometheus)
@@ -118,6 +118,10 @@ def check_rules_command(prometheus: PrometheusUrl = "http://127.0.0.1:9090") -> 
     if not told:
         failed += 1
         print("  MISSING Alertmanager: Prometheus sends alerts to none; see alerting: in its file")
+    for address in told:
+        if not server.is_ready(address):
+            failed += 1
+            print(f"  SILENT  Alertmanager {address}: does not answer here; is it running?")
     print(
         f"{prometheus}: {counts['ok']} rules as written, {counts['changed']} changed, "
         f"{failed} failed; alerts go to {len(told)} Alertmanager{'' if len(told) == 1 else 's'}"

@@ -13,6 +13,7 @@ from gradwatch.grafana.adapter import Annotation
 from gradwatch.recording.reader import Recording
 from gradwatch.records import Anomaly
 from gradwatch.report.card import printable
+from gradwatch.saying import one_line
 
 __all__ = ["annotations_of"]
 
@@ -58,5 +59,5 @@ def _tag(name: str, value: str) -> str:
 
 
 def _plain(text: str) -> str:
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    shown = one_line(text)
     return shown.replace(":", "_").strip()

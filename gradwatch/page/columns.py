@@ -13,6 +13,7 @@ import numpy as np
 
 from gradwatch.page.grid import LEARNING, Grid
 from gradwatch.records import Anomaly, Bools, Float32s, Float64s
+from gradwatch.saying import one_line
 
 __all__ = [
     "DEPARTURE",
@@ -44,6 +45,8 @@ LOG_SPAN = 10.0
 
 MARKED = ("alert", "warning", "event")
 NAME_LENGTH = 30
+MOST_PARTS = 32
+"""Of a module's name; what has more is no module's."""
 
 
 @dataclass(frozen=True)
@@ -240,12 +243,28 @@ def _finite(values: Float64s) -> Float64s:
 
 
 def short(name: str, most: int = NAME_LENGTH) -> str:
-    """Its beginning and its end: blocks tell them apart there. Control characters are replaced."""
-    name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    """A name that fits: `e.l.3.self_attn.out_proj`, or else its beginning and its end.
+
+    Numbers stay, since blocks are told apart by them. Control characters are replaced.
+    """
+    name = _abbreviated(one_line(name), most)
     if len(name) <= most:
         return name
     head = (most - 1) // 2
     return f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
+
+
+def _abbreviated(name: str, most: int) -> str:
+    """Modules by their first letters, from the outermost on, as many as have to be."""
+    parts = name.split(".")
+    if len(name) <= most or not 1 < len(parts) <= MOST_PARTS or not all(parts):
+        return name
+    excess = len(name) - most
+    for place, part in enumerate(parts[:-1]):
+        if excess > 0 and not part.isdecimal():
+            parts[place] = part[0]
+            excess -= len(part) - 1
+    return ".".join(parts)
 
 
 def by_rank(grids: Mapping[int, Grid | None], what: str) -> dict[str, Columns]:

@@ -28,6 +28,7 @@ from gradwatch.report.course import (
 )
 from gradwatch.report.moments import utc
 from gradwatch.rules.culprit import REPLAY_HINT
+from gradwatch.saying import one_line
 
 __all__ = [
     "card_lines",
@@ -383,7 +384,7 @@ def _number(card: Card, name: str) -> str:
 
 def printable(text: str | None, widest: int = WIDEST_NAME) -> str:
     """Text from outside, without what a terminal would act on, and cut where it is long."""
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text or "")
+    shown = one_line(text or "")
     return shown if len(shown) <= widest else f"{shown[: widest - 3]}..."
 
 
