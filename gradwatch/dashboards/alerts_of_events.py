@@ -184,7 +184,7 @@ def _loss(thresholds: Thresholds) -> Alert:
 
 
 def _loss_scale(thresholds: Thresholds) -> Alert:
-    scale = now("min(gradwatch_loss_scale{SELF})")
+    scale = now("min(gradwatch_loss_scale{SELF})", 'printf "%g"')
     events = ("loss_scale_collapse",)
     return Alert(
         name="GradwatchLossScaleCollapsed",

@@ -21,8 +21,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from gradwatch.attaching import LINGER_SECONDS
 from gradwatch.dashboards import prometheus_rule
+from gradwatch.ends import LINGER_SECONDS
 from gradwatch.export.addresses import PORTS_TRIED
 
 Resource = dict[str, Any]
