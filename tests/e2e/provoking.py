@@ -166,7 +166,7 @@ class Where:
         """That the fault of this run begins now."""
         self.go.with_name(f"{name}.fault").write_text(str(time.time()))
 
-    def alive(self) -> None:
+    def live(self) -> None:
         """Ends the process once nobody waits for it any more."""
         if os.getppid() != self.parent:
             os._exit(1)
@@ -239,7 +239,7 @@ def gradients_cannot_be_scaled(run: Run) -> None:
 
 def hangs(run: Run) -> None:
     while True:
-        run.where.alive()
+        run.where.live()
         time.sleep(0.1)
 
 
@@ -280,8 +280,9 @@ def half_a_recording_is_copied(run: Run) -> None:
 
 SAMPLED = {"detect": {"every": 1}}
 
+HEALTHY = "Healthy"
 PROVOCATIONS = {
-    "Healthy": Provocation(policy=CLIP, warmup=0),
+    HEALTHY: Provocation(policy=CLIP, warmup=0),
     "ExplodingGradient": Provocation(policy=CLIP, fault=always(1e4)),
     "NonFiniteGradient": Provocation(
         policy={"guard": {"nonfinite": "skip"}}, fault=sometimes(float("nan"), every=10)
@@ -330,14 +331,16 @@ def train(name: str, rank: int, port: int, where: Where) -> None:
         torch.distributed.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=made.ranks
         )
+    while made.is_born_with_it and not where.go.exists():
+        where.live()
+        time.sleep(0.1)
     if made.is_born_with_it:
-        wait_for(where)
         where.note(name)
     run = Run(name, made, rank, where)
     for _ in range(made.warmup):
         run.step()
     while not where.go.exists():
-        where.alive()
+        where.live()
         time.sleep(run.seconds)
         run.step()
     if made.fault is not None:
@@ -345,15 +348,9 @@ def train(name: str, rank: int, port: int, where: Where) -> None:
             where.note(name)
         made.fault(run)
     while True:
-        where.alive()
+        where.live()
         time.sleep(run.seconds)
         run.step()
-
-
-def wait_for(where: Where) -> None:
-    while not where.go.exists():
-        where.alive()
-        time.sleep(0.1)
 
 
 def load() -> None:
