@@ -35,6 +35,9 @@ class DueStep:
     limits: list[float | Limit]
     present: bytes
     rules: tuple[Rule, ...]
+    is_lapsed: bool = False
+    """Whether the policy was to be enforced and was not any more: nothing comes of its decision."""
+
     loss: float | None = None
     """As it was logged before the step."""
 

@@ -285,6 +285,7 @@ class Engine:
             limits=self._chain.limits(self.num_steps),
             present=bytes(self._num_parameters),
             rules=(),
+            is_lapsed=self._policy.mode == "enforce" and not self.enforcing,
         )
         self.num_steps += 1
         self._skipped = None
@@ -351,7 +352,7 @@ class Engine:
             overflow=reading.overflow,
         )  # fmt: skip
         self._notes.warn(step, reading)
-        return verdict
+        return Verdict() if step.is_lapsed and verdict.skip != OVERFLOW else verdict
 
     def _end(self, step: DueStep, reading: Reading, verdict: Verdict) -> None:
         """Hands a step over to the recorder.
@@ -377,7 +378,7 @@ class Engine:
             first = reading.first_norm / scale if scale > 0 else reading.first_norm
             self._noise.observe(first, context.first_weight, reading.total_norm, context.weight)
         return row_of(
-            step, reading, count=self._num_parameters, clips=not verdict.skip,
+            step, reading, count=self._num_parameters, clips=not (verdict.skip or step.is_lapsed),
             skipped=self._reason_code.get(verdict.skip or "", 0), loss_scale=scale,
             noise_scale=self._noise.value, duration_seconds=step.started - self._last_started,
         )  # fmt: skip

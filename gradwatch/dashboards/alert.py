@@ -171,7 +171,7 @@ def counted(events: tuple[str, ...], seconds: int, *, level: str = 'level="warni
     )
 
 
-def now(query: str, form: str = "humanize") -> str:
+def now(query: str, form: str = 'printf "%.4g"') -> str:
     """A template that asks Prometheus for one value; `SELF` in the query selects the run."""
     return (
         f"{{{{ with printf `{_of_run(query)}` $labels.job $labels.run | query }}}}"

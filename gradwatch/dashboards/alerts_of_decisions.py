@@ -92,7 +92,7 @@ def _trend(thresholds: Thresholds) -> Alert:
         ),
         summary="The norm of run {{ $labels.run }} has left its level of the last hours.",
         description=(
-            f"It is {{{{ $value | humanize }}}}, its median over six hours {median}. "
+            f"It is {{{{ $value | printf `%.4g` }}}}, its median over six hours {median}. "
             "First lay the learning rate and the micro-batches per step beside it: where neither "
             "has changed, find the layers that grew, in the table of the largest layers."
         ),
@@ -150,10 +150,7 @@ def _skipping(thresholds: Thresholds) -> Alert:
 
 def _not_enforcing(thresholds: Thresholds) -> Alert:
     window = duration(thresholds.enforcing_seconds)
-    window_of_errors = duration(thresholds.window_seconds)
-    errors = now(
-        f"sum(increase(gradwatch_hook_errors_total{{SELF}}[{window_of_errors}]))", 'printf "%.0f"'
-    )
+    errors = now("sum(gradwatch_hook_errors_total{SELF})", 'printf "%.0f"')
     return Alert(
         name="GradwatchNotEnforcing",
         severity="critical",
@@ -165,7 +162,7 @@ def _not_enforcing(thresholds: Thresholds) -> Alert:
         ),
         summary="Run {{ $labels.run }} trains without the policy that it was started with.",
         description=(
-            f"Errors of gradwatch in the last {words(thresholds.window_seconds)}: {errors}. "
+            f"Errors of gradwatch so far: {errors}. "
             "Gradients go to the optimizer unclipped. First read the run's log for the error, "
             "then decide whether it may go on like this or stops at the next checkpoint."
         ),

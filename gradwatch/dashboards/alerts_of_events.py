@@ -43,6 +43,12 @@ def alerts_of_events(thresholds: Thresholds) -> tuple[Alert, ...]:
 
 def _exploding(thresholds: Thresholds) -> Alert:
     norm = now("max(gradwatch_total_norm_window_max{SELF})")
+    window = duration(thresholds.event_seconds)
+    worst = which(
+        f"topk(1, max by (layer) (max_over_time(gradwatch_grad_norm{{SELF}}[{window}])) "
+        "/ max by (layer) (quantile_over_time(0.5, gradwatch_grad_norm{SELF}[1h]) > 0))",
+        "layer",
+    )
     events = ("exploding",)
     return Alert(
         name="GradwatchExplodingGradient",
@@ -52,6 +58,7 @@ def _exploding(thresholds: Thresholds) -> Alert:
         summary="Gradients of run {{ $labels.run }} are exploding.",
         description=(
             f"The largest total norm of the last minute is {norm}. "
+            f"Layer furthest above its median of the last hour, times it: {worst}. "
             "First find the layer that moved first (dashboard gradwatch / run, section Layers), "
             "then compare the learning rate and the batch of that step. If the loss has jumped, "
             "go back to the last checkpoint before the episode."
@@ -184,7 +191,7 @@ def _loss(thresholds: Thresholds) -> Alert:
 
 
 def _loss_scale(thresholds: Thresholds) -> Alert:
-    scale = now("min(gradwatch_loss_scale{SELF})")
+    scale = now("min(gradwatch_loss_scale{SELF})", 'printf "%g"')
     events = ("loss_scale_collapse",)
     return Alert(
         name="GradwatchLossScaleCollapsed",

@@ -99,10 +99,19 @@ def _agent(thresholds: Thresholds) -> Alert:
     return Alert(
         name="GradwatchAgentErrors",
         severity="warning",
-        expr=f"max by (job, instance) (increase(gradwatch_agent_errors_total[{window}])) > 0\n",
+        # A recording that cannot be read is no error of the agent. Files that have lain there for
+        # longer are known.
+        expr=(
+            "max by (job, instance) (\n"
+            f"  increase(gradwatch_agent_errors_total[{window}])\n"
+            "  + (gradwatch_agent_unreadable_files\n"
+            f"  - min_over_time(gradwatch_agent_unreadable_files[{window}]))\n"
+            ") > 0\n"
+        ),
         summary="The node agent on {{ $labels.instance }} fails to follow its runs.",
         description=(
-            f"Errors in the last {words(thresholds.window_seconds)}: "
+            f"Errors, and files that it can read no longer, in the last "
+            f"{words(thresholds.window_seconds)}: "
             "{{ $value | printf `%.0f` }}. "
             "First read its log (`gradwatch serve`), which names the recording; the runs "
             "themselves are not touched, but their metrics may stand still."

@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
+RULES = ROOT / "dashboards/rules/gradwatch.rules.yml"
 PROGRAMS = ("prometheus", "prometheus-alertmanager", "prometheus-pushgateway")
 
 
@@ -121,15 +122,19 @@ class Monitoring:
         quoted = urllib.parse.quote(query)
         return asked(f"{self.prometheus}/api/v1/query?query={quoted}")["data"]["result"]
 
+    def active(self) -> list[dict]:
+        """Alerts of Prometheus, pending or firing, with what they say."""
+        return asked(f"{self.prometheus}/api/v1/alerts")["data"]["alerts"]
+
     def alerts(self) -> list[dict]:
         """What the Alertmanager holds."""
         return asked(f"{self.alertmanager}/api/v2/alerts")
 
 
-def scraping(alertmanager: int, pushgateway: int, targets: Path) -> dict:
+def scraping(alertmanager: int, pushgateway: int, targets: Path, rules: Path) -> dict:
     return {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(ROOT / "dashboards/rules/gradwatch.rules.yml")],
+        "rule_files": [str(rules)],
         "alerting": {
             "alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{alertmanager}"]}]}]
         },
@@ -149,8 +154,8 @@ def scraping(alertmanager: int, pushgateway: int, targets: Path) -> dict:
 
 
 @contextmanager
-def all_of_it(directory: Path) -> Iterator[Monitoring]:
-    """Prometheus at a 1 s scrape with our rules, and an Alertmanager that pages at once."""
+def all_of_it(directory: Path, rules: Path = RULES) -> Iterator[Monitoring]:
+    """Prometheus at a 1 s scrape with these rules, and an Alertmanager that pages at once."""
     alertmanager, prometheus, pushgateway = (a_free_port() for _ in range(3))
     targets = directory / "targets"
     targets.mkdir()
@@ -160,7 +165,7 @@ def all_of_it(directory: Path) -> Iterator[Monitoring]:
         receivers = [{"name": "pager", "webhook_configs": [{"url": pager.url}]}]
         routes = {"route": route, "receivers": receivers}
         (directory / "alertmanager.yml").write_text(yaml.safe_dump(routes))
-        config = scraping(alertmanager, pushgateway, targets)
+        config = scraping(alertmanager, pushgateway, targets, rules)
         (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
         commands = {
             alertmanager: [
@@ -192,7 +197,7 @@ def all_of_it(directory: Path) -> Iterator[Monitoring]:
 
 
 @pytest.fixture(scope="session")
-def chain() -> Callable[[Path], object]:
+def chain() -> Callable[..., object]:
     """Starts all of it, as a context manager, with its files in a directory."""
     return all_of_it
 

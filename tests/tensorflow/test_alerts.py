@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_alert_chain import monitoring, pager, programs, wait_for
+from tests.e2e.conftest import monitoring, programs, wait_until
 
-__all__ = ["monitoring", "pager", "programs"]  # fixtures
+__all__ = ["monitoring", "programs"]  # fixtures
 
 TRAINER = Path(__file__).with_name("faulty.py")
 ALERTS = {
@@ -25,15 +25,14 @@ ALERTS = {
 @pytest.mark.slow
 def test_the_demos_faults_raise_the_same_alerts_from_keras(request, tmp_path):
     monitoring = request.getfixturevalue("monitoring")
-    pager = request.getfixturevalue("pager")
     command = [sys.executable, str(TRAINER), str(monitoring.targets), "none", *ALERTS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     for query in ALERTS.values():
         recent = f"max_over_time(({query})[5m:1s])"
-        wait_for(query, 20, lambda recent=recent: monitoring.value(recent))
+        wait_until(query, 20, lambda recent=recent: monitoring.value(recent))
     assert monitoring.value('max_over_time(up{job="gradwatch"}[5m])')
     assert not monitoring.value('max_over_time(ALERTS{run="keras-none"}[5m])')
-    paged = {page["groupLabels"]["run"] for _, page in pager.pages}
+    paged = {page["groupLabels"]["run"] for _, page in monitoring.pager.pages}
     assert {"keras-lr", "keras-loss", "keras-nan"} <= paged
     assert "keras-none" not in paged

@@ -71,6 +71,30 @@ def test_on_error_observe_goes_on_and_says_that_it_no_longer_enforces(
     assert len(watch.history(10)) == 6
 
 
+def test_what_is_no_longer_enforced_is_recorded_as_it_is(task, attach, monkeypatch, caplog):
+    optimizer = sgd(task)
+    watch = attach(task.model, optimizer, {**CLIP, "guard": {"on_error": "observe"}})
+    breaking(watch, monkeypatch, "scale")
+    for step in range(3):
+        task.gradient(step, 100.0)
+        optimizer.step()
+    monkeypatch.undo()
+    with caplog.at_level(logging.WARNING, "gradwatch"):
+        for factor in (100.0, float("nan")):
+            task.gradient(3, factor)
+            optimizer.step()
+        watch.flush()
+    large, bad = watch.history(2)
+    assert (large.clipped, large.clip_coef, large.fired) == (False, 1.0, ("global",))
+    assert large.total_norm_clipped == large.total_norm > 1.0
+    assert bad.skipped is None
+    assert watch.skipped is None
+    assert any(parameter.isnan().any() for parameter in task.parameters())
+    watch.close()
+    assert "nonfinite" in caplog.text
+    assert "the step was skipped" not in caplog.text
+
+
 def test_two_failures_then_a_good_step_are_forgiven(task, attach, monkeypatch):
     optimizer = sgd(task)
     watch = attach(task.model, optimizer, CLIP)
