@@ -240,12 +240,13 @@ class Consumer:
                 local_norm=closed.local_norm if math.isnan(early.local_norm) else early.local_norm,
             )  # fmt: skip
             self._guarded("export", self._tally.amend, records[0])
+            self._finished[-1] = records[0]
             new = [self._handled(record) for record in records[1:]]
             records[1:] = new
         else:
             records = new = [self._handled(record) for record in records]
         past = list(self._finished)
-        self._finished.extend(records)
+        self._finished.extend(new)
         if records:
             self._guarded("recording", self._stored, records)
             self._silence.seen(records, time.monotonic())

@@ -112,5 +112,5 @@ def _by_the_loss(card: Card, after: Aftermath | None) -> str:
         return f"{batches}the loss, {now:.3g}, is back where it was ({before:.3g}): let it run"
     return (
         f"{batches}the loss, {now:.3g}, is {now / before - 1:.0%} above before ({before:.3g}): "
-        "compare with {checkpoint} first"
+        "evaluate {checkpoint} too, and go on from the better one"
     )

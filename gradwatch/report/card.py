@@ -121,13 +121,13 @@ def labelled(label: str, text: str, width: int) -> list[str]:
 
 
 def told(card: Card, after: Aftermath | None = None) -> list[tuple[str, str]]:
-    """Labels and sentences: what to do, how it began, how far it went, what was done."""
+    """Labels and sentences: what to do, what was done, how it began, how far it went."""
     worst = _worst(card, after) if after is not None and card.kind in UPWARD else ""
     return [
         ("to do", to_do(card, after)),
+        ("done", _done(card, after)),
         ("began", _began(card, after)),
         *([("worst", worst)] if worst else []),
-        ("done", _done(card, after)),
     ]
 
 
@@ -267,9 +267,16 @@ def _done(card: Card, after: Aftermath | None) -> str:
     by = _clipped_since(after) if after is not None else _clipped(card)
     rise = rise_before(card)
     if after is not None and rise is not None and after.rise_taken:
+        back = after.rate_back
+        until = "" if back is None else f" to {back[0] - 1}"
+        which = (
+            f"steps {rise.step}{until} were"
+            if back is None or back[0] - 1 > rise.step
+            else f"step {rise.step} was"
+        )
         by += (
-            f"; step {rise.step} was taken with the raised learning rate, which a limit on the "
-            "norm does not hold back"
+            f"; {which} taken at the raised learning rate, which a limit on the norm does not "
+            "hold back"
         )
     return by
 

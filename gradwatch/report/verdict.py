@@ -26,7 +26,7 @@ Health = Literal["healthy", "over", "warning", "alert", "unknown"]
 SILENT_SECONDS, SILENT_STEPS = 60.0, 20.0
 """A run without a step for so long, and for so many of its usual steps, is said to be silent."""
 
-WORDS = {"nonfinite": "nonfinite (NaN or inf)"}
+WORDS = {"nonfinite": "nonfinite gradients (NaN or inf)"}
 """Kinds that their names alone do not tell of."""
 
 NAMED = 3
@@ -158,7 +158,7 @@ def _not_healthy(known: Known, alerts: Sequence[tuple[int, str]], now: float) ->
     if known.state == "finished":
         end = f"; not over at its end, step {known.step}"
     layer = next(iter((known.open or {}).get(kind, ())), None)
-    if card is not None and (back := _back_but_for(known, card)):
+    if card is not None and (back := _not_fully(known, card)):
         return Verdict(
             health="warning",
             headline=f"{back}: exploded at step {first}{moment} {_told_shortly(known, card, '')}"
@@ -179,7 +179,7 @@ def _lines(known: Known, card: Card | None) -> list[tuple[str, str]]:
     return [*([] if card is None else told(card, known.after)), *_now(known, card)]
 
 
-def _back_but_for(known: Known, card: Card) -> str:
+def _not_fully(known: Known, card: Card) -> str:
     """What is to be said of an explosion that is over for most layers, while its alert is open:
     the detector waits until each layer has been near its median for some steps."""
     after, ended = known.after, known.state in ("crashed", "stopped")
@@ -192,10 +192,10 @@ def _back_but_for(known: Known, card: Card) -> str:
     if 2 * len(up) >= len(after.layers_now) or len(up) >= max(num_hit(card), 1):
         return ""
     if not up:
-        return "Back, its alert not closed yet"
-    worst = f"{printable(up[0])} ({after.layers_now[up[0]]:.3g}x its median)"
-    more = f" and {len(up) - 1} more" if len(up) > 1 else ""
-    return f"Back but for {worst}{more}"
+        return "Recovered, its alert not closed yet"
+    worst = f"{printable(up[0])} still {after.layers_now[up[0]]:.3g}x its median"
+    more = f", and {len(up) - 1} more" if len(up) > 1 else ""
+    return f"Not fully recovered, {worst}{more}"
 
 
 def _in_all(known: Known, alerts: Sequence[tuple[int, str]], named: int) -> str:

@@ -162,8 +162,8 @@ def test_what_the_loss_did_since_decides_whether_to_go_back():
     one = replace(one, series={**one.series, "loss": losses})
     for now, said in (
         (0.505, "the loss, 0.505, is back where it was (0.5): let it run"),
-        (0.54, "the loss, 0.54, is 8% above before (0.5): compare with a checkpoint from before "
-         "step 300 first"),
+        (0.54, "the loss, 0.54, is 8% above before (0.5): evaluate a checkpoint from before "
+         "step 300 too, and go on from the better one"),
         (2.0, "the loss is still up, 2 (0.5 before): go back to a checkpoint from before step 300, "
          "and lower the learning rate or the limit"),
     ):  # fmt: skip
@@ -186,11 +186,11 @@ def test_an_explosion_that_one_layer_has_not_come_back_from_names_that_layer():
     found = verdict(known(**values, after=after), NOW)
     assert found.health == "warning"
     assert found.headline == (
-        "Back but for block.1 (3.6x its median): exploded at step 301 (1970-01-12 13:41:43 UTC) "
-        "in all 5 layers, 1 step after the learning rate rose 50x; 1 alert, 1 warning in all"
+        "Not fully recovered, block.1 still 3.6x its median: exploded at step 301 "
+        "(1970-01-12 13:41:43 UTC) in all 5 layers, 1 step after the learning rate rose 50x; 1 alert, 1 warning in all"
     )
     back = verdict(known(**values, after=aftermath(one, layers_now=layers, norm_now=10.0)), NOW)
-    assert back.headline.startswith("Back, its alert not closed yet: exploded at step 301")
+    assert back.headline.startswith("Recovered, its alert not closed yet: exploded at step 301")
     most = layers | dict.fromkeys(("block.0", "block.1", "block.2"), 3.6)
     for up, norm in ((most, 10.0), (layers, 30.0), ({}, 10.0)):
         after = aftermath(one, layers_now=up, norm_now=norm)

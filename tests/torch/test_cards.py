@@ -97,7 +97,7 @@ def test_an_explosion_has_a_card_with_the_order_of_its_layers(attach, tmp_path):
     assert card.step == 82
     assert (card.culprit.origin, card.culprit.module) == (None, None)
     assert card.culprit.near == ("the loss",)
-    assert "backward order" in card.culprit.message
+    assert "from the one nearest the loss on" in card.culprit.message
     assert set(card.norms) == {"0", "2", "4"}
 
 

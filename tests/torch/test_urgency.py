@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import gradwatch
 from gradwatch import consumer
 from gradwatch.records import Layout, Parameter, StepRecord
 from gradwatch.urgency import FACTOR, WARMUP, Urgency
@@ -118,3 +119,22 @@ def test_a_loss_that_is_logged_behind_its_step_is_seen_by_the_detectors(attach, 
     loop.watch.log(loss=loop.loss)
     assert found.wait(30)
     assert np.isnan(loop.watch.latest.scalars["loss"])
+
+
+def test_a_step_that_was_looked_at_early_is_in_history_and_card_once(tmp_path):
+    model = torch.nn.Linear(16, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gradwatch.attach(model, optimizer, port=None, recording=tmp_path) as watch:
+        for step in range(80):
+            optimizer.zero_grad()
+            (
+                model(torch.ones(8, 16)) * (1e6 if 70 <= step < 74 else 1.0)
+            ).square().mean().backward()
+            optimizer.step()
+            if step >= 68:
+                time.sleep(0.06)  # so that each of these is looked at while it is open
+        watch.flush()
+        assert [record.step for record in watch.history(20)] == list(range(60, 80))
+    with gradwatch.open_recording(tmp_path) as recording:
+        (card,) = [card for card in recording.cards() if card.kind == "exploding"]
+        assert list(card.steps) == list(range(card.step - 19, card.step + 1))
