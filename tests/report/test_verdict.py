@@ -187,7 +187,8 @@ def test_an_explosion_that_one_layer_has_not_come_back_from_names_that_layer():
     assert found.health == "warning"
     assert found.headline == (
         "Not fully recovered, block.1 still 3.6x its median: exploded at step 301 "
-        "(1970-01-12 13:41:43 UTC) in all 5 layers, 1 step after the learning rate rose 50x; 1 alert, 1 warning in all"
+        "(1970-01-12 13:41:43 UTC) in all 5 layers, 1 step after the learning rate rose 50x; "
+        "1 alert, 1 warning in all"
     )
     back = verdict(known(**values, after=aftermath(one, layers_now=layers, norm_now=10.0)), NOW)
     assert back.headline.startswith("Recovered, its alert not closed yet: exploded at step 301")
