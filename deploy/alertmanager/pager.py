@@ -1,14 +1,15 @@
 """Alertmanager's webhook in, one line per alert on standard output.
 
-    python pager.py 9095
+    python pager.py 9095              on the loopback interface
+    python pager.py 9095 0.0.0.0      on all of them, as within a container
 
 Stands in for the receiver that a team really uses; needs nothing but the standard library.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MAX_BYTES = 1 << 20
@@ -52,5 +53,9 @@ def _line(alert: dict[str, dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    with ThreadingHTTPServer(("", int(sys.argv[1])), Pager) as server:
+    parser = argparse.ArgumentParser(description="Prints a line for each alert that it is posted.")
+    parser.add_argument("port", type=int)
+    parser.add_argument("host", nargs="?", default="127.0.0.1")
+    given = parser.parse_args()
+    with ThreadingHTTPServer((given.host, given.port), Pager) as server:
         server.serve_forever()

@@ -74,6 +74,12 @@ def _after_a_nonfinite_step(card: Card, after: Aftermath | None) -> str:
             "where the loss is not finite, go back to {checkpoint}; set detect.culprit: replay in "
             "the policy file to be told where it began the next time"
         )
+    if after is not None and after.nonfinite_steps:
+        return (
+            f"look for NaN or inf in the batches of these {after.nonfinite_steps}, which nothing "
+            "was learnt from: so many are not one bad batch, but the loader, a part of the data or "
+            "the scale. guard.patience: 10 in the policy file stops a run after ten in a row"
+        )
     over = after is not None and after.good_since is not None
     alone = "" if over else " if it is this step alone"
     return (

@@ -66,6 +66,10 @@ class Aftermath:
     """Of the clipped ones that which was made smallest: step, norm before, norm after."""
 
     num_nonfinite: int = 0
+    last_nonfinite: int = -1
+    num_skipped: int = 0
+    """Of those that were not finite."""
+
     loss: Peak | None = None
     norm: Peak | None = None
     layer: Peak | None = None
@@ -97,6 +101,13 @@ class Aftermath:
     """Layers that a forward pass changes statistics of."""
 
     @property
+    def nonfinite_steps(self) -> str:
+        """`100 steps from 300 to 399`; empty where there was one at most."""
+        if self.num_nonfinite < 2:
+            return ""
+        return f"{self.num_nonfinite} steps from {self.first} to {self.last_nonfinite}"
+
+    @property
     def still_up(self) -> list[str]:
         """Layers above NEAR times their median at the end, the furthest first."""
         up = [layer for layer, times in self.layers_now.items() if times > NEAR]
@@ -117,7 +128,8 @@ class Course:
         self._medians_L = _medians([record.grad_norms for record in earlier])
         self._usual_norm = usual(card, card.series.get("total_norm", ()))
         self._rise = rise_before(card)
-        self._num_steps = self._num_clipped = self._num_nonfinite = 0
+        self._num_steps = self._num_clipped = self._num_nonfinite = self._num_skipped = 0
+        self._last_nonfinite = -1
         self._fired: dict[str, None] = {}
         self._hardest: tuple[int, float, float] | None = None
         self._loss: Peak | None = None
@@ -138,7 +150,10 @@ class Course:
         self.next = record.step + 1
         self._num_steps += 1
         finite = math.isfinite(record.total_norm)
-        self._num_nonfinite += not finite
+        if not finite:
+            self._num_nonfinite += 1
+            self._num_skipped += record.skipped is not None
+            self._last_nonfinite = record.step
         if not finite or record.total_norm > FAR * self._usual_norm:
             self._last_bad = record.step
         self._loss = _larger(self._loss, record.step, record.scalars.get("loss", math.nan))
@@ -196,6 +211,8 @@ class Course:
             fired=tuple(self._fired),
             hardest=self._hardest,
             num_nonfinite=self._num_nonfinite,
+            last_nonfinite=self._last_nonfinite,
+            num_skipped=self._num_skipped,
             loss=self._loss,
             norm=self._norm,
             layer=self._layer,

@@ -260,10 +260,11 @@ def _done(card: Card, after: Aftermath | None) -> str:
         return f"nothing: no policy is enforced, and step {card.step} was taken as it was"
     if card.skipped:
         reason = printable(card.skipped)
-        return (
-            f"step {card.step} was skipped ({reason}): weights and optimizer as before"
-            f"{_of_buffers(after)}"
-        )
+        which = f"step {card.step} was"
+        if after is not None and card.kind == "nonfinite" and after.nonfinite_steps:
+            few = after.num_skipped < after.num_nonfinite
+            which = f"{f'{after.num_skipped} of ' if few else ''}{after.nonfinite_steps} were"
+        return f"{which} skipped ({reason}): weights and optimizer as before{_of_buffers(after)}"
     by = _clipped_since(after) if after is not None else _clipped(card)
     rise = rise_before(card)
     if after is not None and rise is not None and after.rise_taken:

@@ -302,10 +302,14 @@ def _over(known: Known, alerts: Sequence[tuple[int, str]]) -> Verdict:
     count += f" and {_count(warnings, 'warning')}" if warnings else ""
     which = "; see " if len(alerts) > 1 else ": "
     what = kind if card is None else _told_shortly(known, card)
-    alone = ""
-    if after is not None and after.num_nonfinite == 1 and kind == "nonfinite":
-        alone = " alone"
+    at = f"at step {first}"
     skipped = "; it was skipped" if card is not None and card.skipped else ""
+    if after is not None and kind == "nonfinite":
+        at += " alone" if after.num_nonfinite == 1 else ""
+        if after.nonfinite_steps:
+            at = f"in {after.nonfinite_steps}"
+            is_all = after.num_skipped == after.num_nonfinite
+            skipped = f"; {'all' if is_all else after.num_skipped} of them were skipped"
     before = math.nan if card is None else usual(card, card.series.get("loss", ()))
     loss = math.nan if after is None else after.loss_now
     is_up = loss > RISEN * before
@@ -315,7 +319,7 @@ def _over(known: Known, alerts: Sequence[tuple[int, str]]) -> Verdict:
         again += f" since step {known.calm_since}" if known.calm_since is not None else ""
     return Verdict(
         health="warning" if is_up else "over",
-        headline=f"{again}, after {count}{which}{what}, at step {first}{alone}{moment}{skipped}",
+        headline=f"{again}, after {count}{which}{what}, {at}{moment}{skipped}",
         lines=_lines(known, card),
         card=card,
     )

@@ -112,7 +112,8 @@ def test_the_receiver_is_the_pager_of_compose(
     configuration: dict[str, Any], compose: dict[str, Any]
 ) -> None:
     receiver, _ = configuration["receivers"]
-    port = compose["services"]["pager"]["command"][-1]
+    *_, port, host = compose["services"]["pager"]["command"]
+    assert host == "0.0.0.0"  # of its container, which publishes nothing
     assert receiver["webhook_configs"][0]["url"] == f"http://pager:{port}/"
 
 

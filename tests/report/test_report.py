@@ -218,3 +218,21 @@ def test_names_from_outside_do_nothing_to_a_terminal():
     assert all(line.isprintable() for line in lines)
     assert sum(map(len, lines)) < 10_000
     assert len(printable(name)) == 60
+
+
+def test_many_steps_that_are_not_finite_are_told_as_many(tmp_path, capsys):
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    policy = {"version": 1, "guard": {"nonfinite": "skip"}}
+    with gradwatch.attach(model, optimizer, policy, port=None, recording=tmp_path) as watch:
+        for step in range(200):
+            optimizer.zero_grad()
+            loss = model(torch.randn(8, 4)).square().mean() * (math.nan if 100 <= step < 150 else 1)
+            watch.log(loss=loss)
+            loss.backward()
+            optimizer.step()
+    words = " ".join(" ".join(said(capsys, tmp_path)).split())
+    assert "in 50 steps from 100 to 149" in words
+    assert "all of them were skipped" in words
+    assert "so many are not one bad batch" in words
+    assert "50 steps from 100 to 149 were skipped (nonfinite)" in words
