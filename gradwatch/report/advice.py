@@ -64,7 +64,7 @@ def to_do(card: Card, after: Aftermath | None = None) -> str:
         back = after.rate_back if after is not None else None
         again = f"back to {back[1]:.3g} at {back[0]}" if back else f"{rise.before:.3g} before"
         set_to = f"{rise.after:.3g} at step {rise.step} ({again})"
-        said = f"find what set the learning rate to {set_to}; {said}"
+        said = f"{said}; find what set the learning rate to {set_to}"
     return said.format(checkpoint=checkpoint, first=first_step(card))
 
 
@@ -117,6 +117,6 @@ def _by_the_loss(card: Card, after: Aftermath | None) -> str:
     if now <= SAME * before:
         return f"{batches}the loss, {now:.3g}, is back where it was ({before:.3g}): let it run"
     return (
-        f"{batches}the loss, {now:.3g}, is {now / before - 1:.0%} above before ({before:.3g}): "
-        "evaluate {checkpoint} too, and go on from the better one"
+        f"{batches}evaluate {{checkpoint}} too and go on from the better one (the loss, {now:.3g}, "
+        f"is {now / before - 1:.0%} above before)"
     )

@@ -194,14 +194,13 @@ def _not_fully(known: Known, card: Card) -> str:
     if not up:
         return "Recovered, its alert not closed yet"
     worst = f"{printable(up[0])} still {after.layers_now[up[0]]:.3g}x its median"
-    more = f", and {len(up) - 1} more" if len(up) > 1 else ""
-    return f"Not fully recovered, {worst}{more}"
+    return f"Not fully recovered, {worst}"
 
 
 def _in_all(known: Known, alerts: Sequence[tuple[int, str]], named: int) -> str:
     """How many findings there are, where they are more than those that are named."""
     warnings = sum(one.level == "warning" for one in known.anomalies)
-    if len(alerts) + warnings <= named:
+    if len(alerts) <= named:
         return ""
     said = [_count(number, noun) for number, noun in
             ((len(alerts), "alert"), (warnings, "warning")) if number]  # fmt: skip
