@@ -64,7 +64,7 @@ def to_do(card: Card, after: Aftermath | None = None) -> str:
         back = after.rate_back if after is not None else None
         again = f"back to {back[1]:.3g} at {back[0]}" if back else f"{rise.before:.3g} before"
         set_to = f"{rise.after:.3g} at step {rise.step} ({again})"
-        said = f"{said}; find what set the learning rate to {set_to}"
+        said = f"first find what set the learning rate to {set_to}; then {said}"
     return said.format(checkpoint=checkpoint, first=first_step(card))
 
 

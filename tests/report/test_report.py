@@ -145,9 +145,9 @@ def test_what_to_do_is_in_the_first_five_lines_and_the_rest_behind_it(tmp_path, 
     labels = [line.split()[0] for line in lines if not line.startswith(" ")]
     assert labels[1:7] == ["verdict:", "to", "done", "began", "worst", "now"]
     first = " ".join(" ".join(lines[:5]).split())
-    assert "checkpoint from before step 150" in first
+    assert "first find what set the learning rate to 30 at step 150 (back to 0.001 at 153)" in first
     words = " ".join(" ".join(lines).split())
-    assert "find what set the learning rate to 30 at step 150 (back to 0.001 at 153)" in words
+    assert "go back to a checkpoint from before step 150" in words
     records = list(gradwatch.open_recording(tmp_path).records(151, 260))
     peak = max(records, key=lambda record: record.scalars["loss"])
     assert f"loss {peak.scalars['loss']:.3g} (" in words
