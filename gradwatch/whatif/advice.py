@@ -28,6 +28,12 @@ ZS = (4.0, 5.0, 6.0, 8.0)
 HEADROOM = 2.0
 """Times the 99th percentile: the absolute bound beside a limit that learns."""
 
+LATENCY = 5
+"""Steps that an alert may have lasted when it is raised."""
+
+ENOUGH = 200
+"""Steps: twice the warm-up of a limit that learns."""
+
 UNUSUAL_Z = 6.0
 """Beyond it a step is no part of what a healthy run looks like, as for the detectors."""
 
@@ -84,8 +90,9 @@ class _Norms:
 def advise(records: Iterable[StepRecord], info: RunInfo) -> Advice:
     """What the recorded norms advise; reads them once."""
     listed = list(records)
+    listed, unwell = _before_the_first_alert(listed)
     norms = _norms(listed)
-    warnings = tuple(_warnings(listed, norms, info))
+    warnings = (*unwell, *_warnings(listed, norms, info))
     accumulation = _accumulation(listed)
     if len(norms.healthy) == 0:
         nothing = Point("no limit", "the recording holds no step with a finite norm above 0")
@@ -102,6 +109,33 @@ def advise(records: Iterable[StepRecord], info: RunInfo) -> Advice:
         warnings=warnings,
         accumulation=accumulation,
     )
+
+
+def _before_the_first_alert(
+    records: list[StepRecord],
+) -> tuple[list[StepRecord], tuple[Point, ...]]:
+    """The steps in which the run was well, where they are enough to learn from."""
+    alerts = [
+        (record.step, anomaly.kind)
+        for record in records
+        for anomaly in record.anomalies
+        if anomaly.level == "alert"
+    ]
+    if not alerts:
+        return records, ()
+    step, kind = alerts[0]
+    well = [record for record in records if record.step < step - LATENCY]
+    is_enough = len(well) >= ENOUGH
+    of = (
+        f"the {len(well)} steps before it"
+        if is_enough
+        else "all of its steps, since few of them are before it"
+    )
+    point = Point(
+        f"this run was not well: {kind} at step {step}",
+        f"the advice is of {of}. Better take a run that went through",
+    )
+    return (well if is_enough else records), (point,)
 
 
 def _norms(records: list[StepRecord]) -> _Norms:

@@ -10,7 +10,7 @@ import pytest
 
 import gradwatch
 from gradwatch.policy import load_policy, parse_policy
-from gradwatch.records import Layout, Parameter, RunInfo, StepRecord
+from gradwatch.records import Anomaly, Layout, Parameter, RunInfo, StepRecord
 from gradwatch.whatif.advice import advise
 from gradwatch.whatif.replay import replay
 
@@ -101,6 +101,33 @@ def test_spikes_and_faults_of_the_recorded_run_do_not_loosen_the_advice():
     norms[600:605] *= 50
     clean, broken = advise(made(log_normal()), INFO), advise(made(norms), INFO)
     assert broken.percentile == pytest.approx(clean.percentile, rel=0.05)
+
+
+def exploded_at(step: int, count: int = 600) -> list[StepRecord]:
+    """From there on a hundred times as large, and found three steps later."""
+    norms = log_normal(count)
+    norms[step:] *= 100.0
+    records = made(norms)
+    found = Anomaly(kind="exploding", level="alert", step=step + 3)
+    records[step + 3] = replace(records[step + 3], anomalies=(found,))
+    return records
+
+
+def test_an_exploded_run_is_advised_by_the_steps_before_and_said_to_be_one():
+    advice = advise(exploded_at(300), INFO)
+    (warning,) = [point for point in advice.warnings if "not well" in point.what]
+    assert warning.what == "this run was not well: exploding at step 303"
+    assert "the 298 steps before it" in warning.why
+    assert advice.percentile == pytest.approx(np.quantile(log_normal(600)[:298], 0.99))
+
+
+def test_where_few_steps_are_before_the_alert_all_are_taken_and_that_is_said():
+    advice = advise(exploded_at(50), INFO)
+    (warning,) = [point for point in advice.warnings if "not well" in point.what]
+    assert "all of its steps" in warning.why
+    assert not [
+        point for point in advise(made(log_normal()), INFO).warnings if "well" in point.what
+    ]
 
 
 def whats(points) -> list[str]:
