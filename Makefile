@@ -15,7 +15,8 @@ test: $(VENV)/dev.stamp programs lint
 ifdef ARGS
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 else
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not alone" --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
 	$(BIN)/python -m pytest -m "not gpu" tests/tensorflow
 endif
 
