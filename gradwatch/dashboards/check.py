@@ -5,13 +5,13 @@ dashboard -> its variables, each resolved by what Prometheus knows -> its querie
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gradwatch.dashboards.files import read_files
 from gradwatch.dashboards.prometheus import Prometheus, QueryError
 from gradwatch.dashboards.promql import metric_of
 from gradwatch.errors import MonitoringError
@@ -79,18 +79,10 @@ def read_dashboards(directory: Path) -> dict[str, dict[str, Any]]:
         MonitoringError: there is none, or a file is no dashboard.
     """
     found = {}
-    for path in sorted(directory.glob("*.json")):
-        try:
-            dashboard = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise MonitoringError(f"{path}: not JSON ({error})") from None
+    for path, dashboard in read_files(directory):
         if not isinstance(dashboard, dict) or not isinstance(dashboard.get("panels"), list):
             raise MonitoringError(f"{path}: no dashboard: it has no list of panels")
         found[path.name] = dashboard
-    if not found:
-        raise MonitoringError(
-            f"{directory}: no dashboard (*.json) here. Write them: gradwatch dashboards build DIR"
-        )
     return found
 
 

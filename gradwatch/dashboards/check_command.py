@@ -13,12 +13,14 @@ from gradwatch.dashboards.alert import THRESHOLDS
 from gradwatch.dashboards.check import Answer, Window, check_dashboard, read_dashboards
 from gradwatch.dashboards.prometheus import Prometheus
 from gradwatch.dashboards.rules import rule_groups
+from gradwatch.export.urls import FAILURES, ServerUrl
 
 __all__ = ["check_dashboards_command", "check_rules_command"]
 
 PrometheusUrl = Annotated[
     str, typer.Option("--prometheus", metavar="URL", help="The Prometheus that scrapes the runs.")
 ]
+READY_SECONDS = 5.0
 _MARKS = {"data": "ok   ", "needs": "-    ", "empty": "EMPTY", "error": "ERROR"}
 
 
@@ -119,7 +121,7 @@ def check_rules_command(prometheus: PrometheusUrl = "http://127.0.0.1:9090") -> 
         failed += 1
         print("  MISSING Alertmanager: Prometheus sends alerts to none; see alerting: in its file")
     for address in told:
-        if not server.is_ready(address):
+        if not _is_ready(address):
             failed += 1
             print(f"  SILENT  Alertmanager {address}: does not answer here; is it running?")
     print(
@@ -138,6 +140,16 @@ def _problem(name: str, found: list[dict[str, Any]]) -> str:
     if found[0]["health"] == "err":
         return f"ERROR   {name}: {found[0].get('lastError', 'evaluation fails')}"
     return ""
+
+
+def _is_ready(alertmanager: str) -> bool:
+    """Whether the Alertmanager with this address of its API answers here."""
+    try:
+        base = ServerUrl.of(re.sub(r"/api/v\d+/alerts$", "", alertmanager), "the Alertmanager")
+        base.ask("/-/ready", seconds=READY_SECONDS)
+    except FAILURES:
+        return False
+    return True
 
 
 def _same(server: Prometheus, wanted: str, loaded: str) -> bool:

@@ -7,6 +7,7 @@ from gradwatch.dashboards.health import health_lines
 from gradwatch.dashboards.layout import Line, Row, line
 from gradwatch.dashboards.panels import (
     Json,
+    count,
     mapping,
     stat,
     state_timeline,
@@ -42,33 +43,33 @@ def exporter_dashboard(runbook_url: str) -> Json:
 def _figures() -> Line:
     return line(
         4,
-        _count(
+        count(
             "Targets up",
             "Addresses of runs that answered the last scrape. Fewer than processes: see the "
             "band below for the one that does not.",
             f"count(up == 1\n{_OURS}) or vector(0)",
         ),
-        _count(
+        count(
             "Targets down",
             "Addresses of runs, seen within this time range, that do not answer. See whether the "
             "process is alive before you look at the network.",
             f"count(up == 0\n{_OURS}) or vector(0)",
             _ALARM_AT_ONE,
         ),
-        _count(
+        count(
             "Series of gradwatch",
             "Series that the chosen runs export now. A Prometheus holds millions; if yours is "
             "small, group layers more coarsely.",
             f"sum(scrape_samples_post_metric_relabeling\n{_OURS})",
         ),
-        _count(
+        count(
             "Errors of gradwatch",
             "Errors of gradwatch itself in the time range shown. Any is worth a look in the log "
             "of that run: what that part shows may be missing.",
             "sum(increase(gradwatch_hook_errors_total[$__range])) or vector(0)",
             _ALARM_AT_ONE,
         ),
-        _count(
+        count(
             "Steps not recorded",
             "Steps in the time range shown that have no row in a recording. Above 0: put the "
             "recordings on a local disk.",
@@ -85,10 +86,6 @@ def _figures() -> Line:
             legend="Slowest scrape",
         ),
     )
-
-
-def _count(title: str, description: str, query: str, steps: Json | None = None) -> Json:
-    return stat(title, description, query, unit="none", steps=steps, legend=title, decimals=0)
 
 
 def _up() -> Json:

@@ -7,8 +7,8 @@ from gradwatch.dashboards.board import OVERVIEW, RUN, board, link_to
 from gradwatch.dashboards.layout import Line, Row, line
 from gradwatch.dashboards.panels import (
     Json,
+    count,
     mapping,
-    stat,
     state_timeline,
     styled,
     table,
@@ -47,48 +47,44 @@ def overview_dashboard(runbook_url: str) -> Json:
     )
 
 
-def _count(title: str, description: str, query: str, steps: Json | None = None) -> Json:
-    return stat(title, description, query, unit="none", steps=steps, legend=title, decimals=0)
-
-
 def _figures() -> Line:
     return line(
         4,
-        _count(
+        count(
             "Running",
             "Runs that say that they train. Fewer than you started: see the state of each below, "
             "and what the scheduler says of the missing one.",
             'count(max by (job, run) (gradwatch_run_state{state="running"}) == 1) or vector(0)',
         ),
-        _count(
+        count(
             "Runs with an open anomaly",
             "Runs in which an ALERT episode of any kind is open now. Click the run in the table: "
             "its first row says which kind and since when.",
             f"count(max by (job, run) ({_OPEN}) == 1) or vector(0)",
             _ALARM_AT_ONE,
         ),
-        _count(
+        count(
             "Critical alerts",
             "Alerts that ask for a human now: each has a section in the runbook. Start with the "
             "one that fired first, in the band below.",
             f"count({_FIRING.format(severity='critical')}) or vector(0)",
             _ALARM_AT_ONE,
         ),
-        _count(
+        count(
             "Warnings",
             "Alerts that are worth a look today. While a run pages, its own warnings say nothing "
             "new: treat the page first.",
             f"count({_FIRING.format(severity='warning')}) or vector(0)",
             _WARN_AT_ONE,
         ),
-        _count(
+        count(
             "Running without steps",
             "Runs that say that they train and have made no step for ten minutes. Evaluation and "
             "checkpoints may take that long; if not, dump the stacks before you restart.",
             _SILENT,
             _ALARM_AT_ONE,
         ),
-        _count(
+        count(
             "Targets down",
             "Addresses of runs, seen within this time range, that Prometheus cannot scrape now. "
             "Either the process is gone or the network is: see GradwatchExporterDown.",

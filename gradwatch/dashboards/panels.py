@@ -11,6 +11,7 @@ from typing import Any
 __all__ = [
     "NOT_SCRAPED",
     "Json",
+    "count",
     "heatmap",
     "mapping",
     "stat",
@@ -113,6 +114,11 @@ def stat(
         "wideLayout": True,
     }
     return panel
+
+
+def count(title: str, description: str, query: str, steps: Json | None = None) -> Json:
+    """One whole number for all that is chosen."""
+    return stat(title, description, query, unit="none", steps=steps, legend=title, decimals=0)
 
 
 def timeseries(

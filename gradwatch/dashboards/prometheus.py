@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -20,7 +19,6 @@ TOKEN = "GRADWATCH_PROMETHEUS_TOKEN"
 """Environment variable with a bearer token, for a Prometheus behind a proxy that asks for one."""
 
 SECONDS = 30.0
-READY_SECONDS = 5.0
 
 
 class QueryError(MonitoringError):
@@ -76,16 +74,6 @@ class Prometheus:
     def alertmanagers(self) -> Sequence[str]:
         """The addresses that alerts are sent to."""
         return [one["url"] for one in self._ask("alertmanagers", {})["activeAlertmanagers"]]
-
-    @staticmethod
-    def is_ready(alertmanager: str) -> bool:
-        """Whether the Alertmanager with this address of its API answers here."""
-        url = re.sub(r"/api/v\d+/alerts$", "/-/ready", alertmanager)
-        try:
-            with urllib.request.urlopen(url, timeout=READY_SECONDS) as answer:
-                return bool(answer.status == 200)
-        except (OSError, http.client.HTTPException, ValueError):
-            return False
 
     def _ask(self, path: str, parameters: dict[str, str]) -> Any:
         url = f"{self._base}/api/v1/{path}"

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gradwatch.dashboards import build_dashboards
+from gradwatch.dashboards.files import read_files
 from gradwatch.errors import MonitoringError
 from gradwatch.grafana.adapter import UID, Annotation, Grafana
 from gradwatch.grafana.findings import annotations_of
@@ -84,23 +85,15 @@ def _read(directory: Path) -> list[dict[str, Any]]:
         MonitoringError: there is none, or one cannot be pushed as it is.
     """
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for path in sorted(directory.glob("*.json")):
-        dashboard = _dashboard(path)
+    for path, held in read_files(directory):
+        dashboard = _dashboard(path, held)
         other, _ = found.setdefault(dashboard["uid"], (path, dashboard))
         if other != path:
             raise MonitoringError(f"{path}: has the uid of {other.name}: give it one of its own")
-    if not found:
-        raise MonitoringError(
-            f"{directory}: no dashboard (*.json) here. Write them: gradwatch dashboards build DIR"
-        )
     return [dashboard for _, dashboard in found.values()]
 
 
-def _dashboard(path: Path) -> dict[str, Any]:
-    try:
-        dashboard = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MonitoringError(f"{path}: not JSON ({error})") from None
+def _dashboard(path: Path, dashboard: Any) -> dict[str, Any]:
     if not isinstance(dashboard, dict) or not isinstance(dashboard.get("title"), str):
         raise MonitoringError(f"{path}: no dashboard: it has no title")
     uid = dashboard.get("uid")
