@@ -124,18 +124,14 @@ class Tally:
         """Counts one record; called by one thread, in the order of the steps."""
         with self._lock:
             self._count(record)
-            self._remember(record)
             self._observe(record)
             self._note_events(record)
-            self._latest = record
-            if record.samples:
-                self._update_ratios = record.update_ratios
+            self._remember(record)
 
     def amend(self, record: StepRecord) -> None:
-        """A record that was counted already, with what was logged since."""
+        """A record that was counted already, with what was logged and sampled since."""
         with self._lock:
             self._remember(record)
-            self._latest = record
 
     def note(self, anomaly: Anomaly) -> None:
         """Counts a finding that came without a record."""
@@ -271,6 +267,9 @@ class Tally:
                 self._numbers[name] = value
         limits = self._labelled["limit"]
         limits.update({(rule,): float(limit) for rule, limit in record.limits.items()})
+        if record.samples:
+            self._update_ratios = record.update_ratios
+        self._latest = record
 
     def _observe(self, record: StepRecord) -> None:
         norm, duration = float(record.total_norm), float(record.duration_seconds)

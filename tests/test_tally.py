@@ -198,3 +198,19 @@ def test_snapshots_taken_while_records_come_in_are_whole():
     ended.set()
     looking.join()
     assert not torn
+
+
+def test_what_was_sampled_after_a_record_was_counted_is_shown_all_the_same():
+    def sampled(ratio: float) -> dict[str, np.ndarray]:
+        names = ("zero_share", "flushed_share", "unchanged_share")
+        shares = {name: np.zeros(2, dtype=np.float32) for name in names}
+        weights = np.ones(2, dtype=np.float32)
+        return {**shares, "update_norm": ratio * weights, "weight_norm": weights}
+
+    tally = tally_of(step(0, samples=sampled(0.5)), step(1))
+    np.testing.assert_allclose(tally.snapshot().update_ratios, 0.5)
+    tally.amend(step(1, samples=sampled(0.25)))
+    np.testing.assert_allclose(tally.snapshot().update_ratios, 0.25)
+    tally.add(step(2))
+    np.testing.assert_allclose(tally.snapshot().update_ratios, 0.25, err_msg="the last known")
+    assert tally.snapshot().numbers["steps_total"] == 3
