@@ -110,6 +110,11 @@ def rewritten(loop: Loop, step: int) -> None:
         group["weight_decay"] = 1.0
 
 
+def clipped_by_the_loop(loop: Loop, step: int) -> None:
+    parameters = list(loop.task.model.parameters())
+    loop.touched = lambda: nn.utils.clip_grad_norm_(parameters, 0.1)
+
+
 def same_again(loop: Loop, step: int) -> None:
     loop.rate = 0.0
     kept = loop.batch(loop.task.batch())
@@ -220,6 +225,10 @@ FAULTS: dict[str, Fault] = {
     ),
     "the same batch again, at rest": Fault(
         kinds=("stuck",), hook=same_again, level="warning", models=("mlp", "deep")
+    ),
+    "clip_grad_norm_ left in the loop": Fault(
+        kinds=("clipped_elsewhere",), hook=clipped_by_the_loop, at=0, level="warning",
+        policy={"clip": [{"limit": 1.0}]},
     ),
     "a limit of 1e-3": Fault(
         kinds=("clip_saturated",), at=0, level="event", models=("mlp", "gpt"),

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from gradwatch.dashboards.alert import Alert, Recording, Thresholds, duration, now, which, words
+from gradwatch.dashboards.alert import (
+    Alert,
+    Recording,
+    Thresholds,
+    counted,
+    duration,
+    now,
+    which,
+    words,
+)
 
 __all__ = ["alerts_of_decisions", "recordings_of_decisions"]
 
@@ -46,6 +55,7 @@ def alerts_of_decisions(thresholds: Thresholds) -> tuple[Alert, ...]:
         _spiking(thresholds),
         _trend(thresholds),
         _clipping(thresholds),
+        _elsewhere(thresholds),
         _skipping(thresholds),
         _not_enforcing(thresholds),
         _policy_refused(thresholds),
@@ -117,6 +127,25 @@ def _clipping(thresholds: Thresholds) -> Alert:
             f"{words(thresholds.window_seconds)}: {busiest}. "
             "First decide whether that is meant: a limit below the usual norm makes the learning "
             "rate meaningless. `gradwatch advise RECORDING` says which limit would not."
+        ),
+        dashboard="gradwatch-clipping",
+    )
+
+
+def _elsewhere(thresholds: Thresholds) -> Alert:
+    norm = now("max(gradwatch_total_norm{SELF})")
+    events = ("clipped_elsewhere",)
+    return Alert(
+        name="GradwatchClippedElsewhere",
+        severity="warning",
+        events=events,
+        expr=counted(events, thresholds.window_seconds),
+        summary="Run {{ $labels.run }} clips its gradient before gradwatch measures it.",
+        description=(
+            f"The total norm, {norm} now, comes back to the same number digit by digit while the "
+            "layers differ. No explosion shows behind that limit, and the policy sees what is left "
+            "of the gradient. First look for clip_grad_norm_ in the loop, or for the clipping of "
+            "its trainer, and take it out: the policy is to clip."
         ),
         dashboard="gradwatch-clipping",
     )

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from gradwatch.policy.detectors import (
+    ClippedElsewhere,
     ClipSaturated,
     Collapsed,
     Dead,
@@ -102,6 +103,9 @@ class Detect(Section):
 
     stuck: Annotated[Stuck | None, OFF_OR] = Stuck()
     """No step for long, or the same norm again and again."""
+
+    clipped_elsewhere: Annotated[ClippedElsewhere | None, OFF_OR] = ClippedElsewhere()
+    """A gradient that something else clips before it is measured."""
 
     unused: Annotated[Unused | None, OFF_OR] = Unused()
     """A parameter that gets no gradient."""

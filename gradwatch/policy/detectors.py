@@ -244,6 +244,17 @@ class Stuck(Detector):
     """Without a step for so many times the median of the last steps."""
 
 
+class ClippedElsewhere(Detector):
+    """A gradient that was cut to length before gradwatch measured it."""
+
+    steps: Span = 8
+    """Steps among the last `window` whose norm is the largest one, digit by digit, while the
+    layers differ."""
+
+    window: Span = 64
+    """The number of last steps that are looked at."""
+
+
 class ClipSaturated(Detector):
     """Clipping that never rests: the limit, not the gradient, sets the length of a step."""
 

@@ -12,7 +12,7 @@ from gradwatch.policy.detectors import Detector as Config
 from gradwatch.records import Layout, Level
 from gradwatch.rules.detect_loss import Diverging, LossSpike
 from gradwatch.rules.detect_parameters import Collapsed, Unused
-from gradwatch.rules.detect_run import ClipSaturated, LossScale, Repeated
+from gradwatch.rules.detect_run import ClippedElsewhere, ClipSaturated, LossScale, Repeated
 from gradwatch.rules.detect_sampled import Lost, dead, oversized, stalled, swallowed
 from gradwatch.rules.episodes import Episodes
 from gradwatch.rules.persistent import Condition, Persistent
@@ -22,6 +22,7 @@ __all__ = ["persistent"]
 
 def persistent(layout: Layout, detect: Detect) -> Iterator[tuple[str, Persistent]]:
     """The detectors that a policy asks for, by kind."""
+    num_parameters = len(layout.parameters)
     if (scale := detect.loss_scale_collapse) is not None:
         yield _of_run("loss_scale_collapse", "alert", LossScale(scale), 1, 1, scale.window)
     if (loss := detect.loss_spike) is not None:
@@ -31,10 +32,13 @@ def persistent(layout: Layout, detect: Detect) -> Iterator[tuple[str, Persistent
         yield _of_run("diverging", "warning", Diverging(diverging), steps, steps, steps)
     if (stuck := detect.stuck) is not None:
         yield _of_run("stuck", "warning", Repeated(stuck), stuck.steps, stuck.steps, 1)
+    if (elsewhere := detect.clipped_elsewhere) is not None:
+        condition = ClippedElsewhere(num_parameters, elsewhere)
+        steps, window = elsewhere.steps, elsewhere.window
+        yield _of_run("clipped_elsewhere", "warning", condition, steps, window, 1)
     if (saturated := detect.clip_saturated) is not None:
         yield _of_run("clip_saturated", "event", ClipSaturated(saturated), 1, 1, 1)
     yield from _sampled(layout, detect)
-    num_parameters = len(layout.parameters)
     if (collapsed := detect.collapsed) is not None:
         yield _of_parameters(
             "collapsed", "alert", Collapsed(num_parameters, collapsed), layout, collapsed,

@@ -1,4 +1,7 @@
-"""`loss_scale_collapse`, `stuck` and `clip_saturated`: what the run as one shows."""
+"""What the run as one shows: its loss scale, and the lengths of its gradients.
+
+`loss_scale_collapse`, `stuck`, `clipped_elsewhere`, `clip_saturated`
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,27 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from gradwatch.policy.detectors import ClippedElsewhere as ClippedElsewhereConfig
 from gradwatch.policy.detectors import ClipSaturated as ClipSaturatedConfig
 from gradwatch.policy.detectors import LossScaleCollapse as LossScaleConfig
 from gradwatch.policy.detectors import Stuck as StuckConfig
-from gradwatch.records import Bools, Float64s, Indices
+from gradwatch.records import Bools, Float32s, Float64s, Indices
 from gradwatch.rules.detect_reading import Reading
 from gradwatch.rules.persistent import ALL, Judgement
 
-__all__ = ["ClipSaturated", "LossScale", "Repeated"]
+__all__ = ["ClipSaturated", "ClippedElsewhere", "LossScale", "Repeated"]
+
+ROUNDING = 2e-6
+"""Of a norm in float32."""
+
+EPSILON = 1e-6
+"""What `torch.nn.utils.clip_grad_norm_` adds to the norm that it divides by."""
+
+LOOSEST = 1e-4
+"""Of a limit so low that the epsilon counts: closer than this no two norms are by chance."""
+
+TURNED = 1e-3
+"""By which a tensor's norm must differ, in units of the total, for another gradient."""
 
 
 def _one(value: bool) -> Bools:
@@ -89,25 +105,90 @@ class LossScale(_Plain):
 
 
 class Repeated(_Plain):
-    """A total norm that is the same to the bit as in the step before."""
+    """Norms that are the same to the bit as in the step before.
+
+    All of them: a total alone may be so because something clips, see `ClippedElsewhere`.
+    """
 
     def __init__(self, config: StuckConfig) -> None:
-        self._last: Float64s = np.full(1, math.nan)
         self._steps = config.steps
 
     def judge(self, reading: Reading) -> Judgement | None:
         norm = reading.record.total_norm
         if not math.isfinite(norm):
             return None
-        same = norm == self._last[0]
-        self._last[0] = norm
+        same = reading.stale
         return Judgement(_one(same), _one(not same), ALL, np.array([norm]), np.array([norm]))
 
     def said(self, subject: int, value: float, expected: float) -> str:
-        return f"the total norm is {value:.6g} to the bit in each of {self._steps} steps,"
+        return f"the norms are the same to the bit, {value:.6g} in all, for {self._steps} steps,"
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
-        return {"last": self._last}
+        return {}
+
+
+class ClippedElsewhere(_Plain):
+    """Largest total norms that are the same, of gradients that are not.
+
+    Whoever clips a gradient by its L2 norm leaves what is above the limit at the limit: the total
+    comes back digit by digit while its parts do not. Of a gradient that nobody touched they change
+    together. A model of one tensor has no parts to tell it by.
+    """
+
+    def __init__(self, num_parameters: int, config: ClippedElsewhereConfig) -> None:
+        self._total_W: Float64s = np.zeros(config.window)
+        self._count: Indices = np.zeros(1, dtype=np.intp)
+        self._top: Float64s = np.zeros(1)
+        self._top_P: Float32s = np.zeros(num_parameters, dtype=np.float32)
+        """The last one at the top, and its tensors."""
+
+        self._steps = config.steps
+        self._said = ""
+
+    def judge(self, reading: Reading) -> Judgement | None:
+        record = reading.record
+        norm = float(record.total_norm)
+        if not reading.all_finite or norm <= 0:
+            return None
+        within = norm * min(ROUNDING + EPSILON / norm, LOOSEST)
+        highest = float(self._total_W.max())
+        self._total_W[int(self._count[0]) % len(self._total_W)] = norm
+        self._count[0] += 1
+        hit = False
+        if norm >= highest - within:
+            other = np.abs(record.tensor_norms_P - self._top_P).max() > TURNED * norm
+            hit = bool(other) and abs(norm - float(self._top[0])) <= within
+            self._top[0] = norm
+            np.copyto(self._top_P, record.tensor_norms_P)
+        self._said = _limit(norm, record.loss_scale)
+        calm = norm > highest + within
+        return Judgement(_one(hit), _one(calm), ALL, np.array([norm]), self._top.copy())
+
+    def said(self, subject: int, value: float, expected: float) -> str:
+        return (
+            f"the total norm is {self._said} in {self._steps} steps and never more, while the "
+            "layers differ from step to step: something clips the gradient before it is measured,"
+        )
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        return {
+            "total": self._total_W,
+            "count": self._count,
+            "top": self._top,
+            "top_tensors": self._top_P,
+        }
+
+
+def _limit(norm: float, loss_scale: float) -> str:
+    """The norm, and what it was before it was unscaled where that looks like what people set."""
+    scaled = norm * loss_scale
+    if not loss_scale > 1 or _is_round(norm) or not _is_round(scaled):
+        return f"{norm:.6g}"
+    return f"{norm:.6g} ({scaled:.2g} before scaler.unscale_)"
+
+
+def _is_round(value: float) -> bool:
+    return math.isclose(value, float(f"{value:.2g}"), rel_tol=LOOSEST)
 
 
 class ClipSaturated(_Plain):

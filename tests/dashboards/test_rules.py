@@ -41,6 +41,7 @@ SEVERITIES = {
     "GradwatchGradNormSpiking": "warning",
     "GradwatchGradNormTrend": "warning",
     "GradwatchClippingSaturated": "warning",
+    "GradwatchClippedElsewhere": "warning",
     "GradwatchStepsSkipped": "warning",
     "GradwatchNotEnforcing": "critical",
     "GradwatchPolicyRefused": "warning",

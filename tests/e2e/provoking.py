@@ -125,6 +125,8 @@ class Run:
         self.factor: Callable[[int], float] = lambda step: 1.0
         self.batch: Callable[[], torch.Tensor] = lambda: torch.randn(8, WIDTH)
         self.target: Callable[[torch.Tensor], torch.Tensor] = self._noisy
+        self.clip: Callable[[], None] = lambda: None
+        """What the loop itself does to the gradient."""
 
     def _noisy(self, x: torch.Tensor) -> torch.Tensor:
         right = self._teacher(x)
@@ -143,6 +145,7 @@ class Run:
         loss = self.factor(self._steps) * (self._called(x) - wanted).square().mean()
         if self._scaler is None:
             loss.backward()
+            self.clip()
             self.watch.log(loss=loss)
             self.optimizer.step()
         else:
@@ -222,6 +225,13 @@ def the_same_batch_again(run: Run) -> None:
         target = run.target(batch)
     run.batch, run.target = (lambda: batch), (lambda x: target)
     run.set_learning_rate(0.0)
+
+
+def somebody_clips_before(run: Run) -> None:
+    def clip() -> None:
+        nn.utils.clip_grad_norm_(run.network.parameters(), 0.1)
+
+    run.clip = clip
 
 
 def a_layer_is_not_called_any_more(run: Run) -> None:
@@ -305,6 +315,7 @@ PROVOCATIONS = {
     ),
     "GradNormSpiking": Provocation(policy=CLIP, fault=sometimes(100.0, every=8)),
     "ClippingSaturated": Provocation(follows_file=True, fault=limit_in_file("0.001")),
+    "ClippedElsewhere": Provocation(policy=CLIP, fault=somebody_clips_before),
     "StepsSkipped": Provocation(
         policy={"clip": [{"limit": 10.0, "then": "skip"}]}, fault=sometimes(100.0, every=6)
     ),

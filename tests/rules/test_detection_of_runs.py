@@ -243,9 +243,90 @@ class TestStuck:
         (found,) = a_run.play(np.ones((60, 2)))
         assert (found.level, found.step) == ("warning", 70)
 
+    def test_a_total_that_is_the_same_of_layers_that_differ_is_not_stuck(self, run):
+        angles = np.arange(100)[:, None]
+        norms = np.abs(np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
+        assert run(2, config=only("stuck")).play(norms, total_norm=1.0) == []
+
     def test_nearly_the_same_is_healthy(self, run):
         norms = 1 + 1e-6 * np.arange(100)[:, None]
         assert run(1, config=only("stuck")).play(norms) == []
+
+
+class TestClippedElsewhere:
+    def clipped(self, norms, limit=1.0, epsilon=1e-6):
+        """As `clip_grad_norm_` leaves them."""
+        total = np.linalg.norm(norms, axis=1, keepdims=True)
+        return norms * np.minimum(1.0, limit / (total + epsilon))
+
+    @pytest.mark.parametrize("limit", [1e-3, 0.5, 1.0, 100.0])
+    def test_a_total_at_a_limit_while_the_layers_differ_is_a_warning_once(
+        self, run, healthy, limit
+    ):
+        a_run = run(3, config=only("clipped_elsewhere"))
+        (found,) = a_run.play(self.clipped(200 * limit * healthy(300, 3), limit))
+        assert (found.kind, found.level, found.step) == ("clipped_elsewhere", "warning", 8)
+        assert found.value == pytest.approx(limit, rel=1e-3)
+        assert found.message == (
+            f"clipped_elsewhere: the total norm is {found.value:.6g} in 8 steps and never more, "
+            "while the layers differ from step to step: something clips the gradient before it is "
+            "measured, since step 1"
+        )
+
+    def test_one_step_in_five_at_the_limit_is_enough(self, run, healthy):
+        a_run = run(3, config=only("clipped_elsewhere"))
+        norms = healthy(300, 3)
+        limit = np.quantile(np.linalg.norm(norms, axis=1), 0.8)
+        assert len(a_run.play(self.clipped(norms, limit))) == 1
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("sigma", [1e-6, 1e-4, 1e-2, 0.2, 2.0])
+    def test_a_gradient_that_nobody_clips_is_healthy(self, run, healthy, seed, sigma):
+        a_run = run(3, config=only("clipped_elsewhere"))
+        assert a_run.play(healthy(2000, 3, seed=seed, sigma=sigma)) == []
+
+    def test_a_gradient_at_rest_is_healthy(self, run):
+        a_run = run(2, config=only("clipped_elsewhere"))
+        assert a_run.play(np.ones((100, 2))) == []
+        drift = 1 - 1e-8 * np.arange(100)[:, None] * np.array([1.0, 2.0])
+        assert a_run.play(drift) == []
+
+    def test_a_norm_that_swings_smoothly_is_healthy(self, run):
+        a_run = run(2, config=only("clipped_elsewhere"))
+        for period in (3, 7, 40, 400, 4000):
+            turn = 2 * math.pi * np.arange(2000) / period
+            norms = np.stack([2 + np.sin(turn), 2 + np.sin(turn + 1)], axis=1)
+            assert a_run.play(norms) == []
+
+    def test_a_norm_above_the_limit_ends_it(self, run, healthy):
+        a_run = run(3, config=only("clipped_elsewhere"))
+        assert len(a_run.play(self.clipped(10 * healthy(100, 3)))) == 1
+        assert a_run.play(10 * healthy(100, 3)) == []
+        assert len(a_run.play(self.clipped(10 * healthy(100, 3)))) == 1
+
+    def test_a_limit_that_was_raised_is_told_again(self, run, healthy):
+        a_run = run(3, config=only("clipped_elsewhere"))
+        assert len(a_run.play(self.clipped(100 * healthy(100, 3)))) == 1
+        assert len(a_run.play(self.clipped(100 * healthy(100, 3), limit=2.0))) == 1
+
+    def test_steps_that_are_not_finite_hide_nothing(self, run, healthy):
+        a_run = run(3, config=only("clipped_elsewhere"))
+        norms = self.clipped(10 * healthy(40, 3))
+        norms[::3] = NAN
+        assert [a.kind for a in a_run.play(norms)] == ["clipped_elsewhere"]
+
+    def test_what_was_clipped_before_it_was_unscaled_is_said(self, run, healthy):
+        a_run = run(3, config=only("clipped_elsewhere"))
+        scale = 65536.0
+        norms = self.clipped(scale * healthy(20, 3)) / scale
+        (found,) = a_run.play(norms, loss_scale=scale)
+        assert (
+            "the total norm is 1.52588e-05 (1 before scaler.unscale_) in 8 steps" in found.message
+        )
+        (other,) = run(3, config=only("clipped_elsewhere")).play(
+            self.clipped(10 * healthy(20, 3)), loss_scale=scale
+        )
+        assert "the total norm is 1 in 8 steps" in other.message
 
 
 class TestClipSaturated:
