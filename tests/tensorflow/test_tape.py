@@ -209,3 +209,17 @@ def test_tf_keras_is_watched_like_keras(loop, attach):
     assert watch.latest.step == 23
     assert watch.latest.learning_rate == pytest.approx(1e-2)
     assert watch.info.layout.layers[0].startswith("dense")
+
+
+def test_a_gradient_that_the_loop_clips_itself_is_noticed(attach):
+    model, optimizer = network(), keras.optimizers.SGD(1e-3)
+    watch = attach(model, optimizer)
+
+    @tf.function
+    def step(x, y):
+        grads, _ = tf.clip_by_global_norm(gradients(model, x, y, 100.0), 1.0)
+        optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
+
+    train(model, step)
+    watch.flush()
+    assert [a.kind for one in watch.history(STEPS) for a in one.anomalies] == ["clipped_elsewhere"]

@@ -116,3 +116,29 @@ def test_an_event_leaves_a_run_healthy(task, begun):
     trained(task, watch, optimizer, 5, start=81)
     assert "spike" in {a.kind for r in watch.history(10) for a in r.anomalies}
     assert watch.healthy_since == 0
+
+
+def test_a_clip_that_was_left_in_the_loop_is_noticed(task, begun):
+    watch, optimizer = begun({}, clip=[{"limit": 1.0}])
+    for step in range(12):
+        task.gradient(step, 1e3)
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
+        optimizer.step()
+    watch.flush()
+    (found,) = (anomaly for record in watch.history(12) for anomaly in record.anomalies)
+    assert (found.kind, found.level, found.step) == ("clipped_elsewhere", "warning", 8)
+
+
+def test_a_clip_of_gradients_that_are_still_scaled_is_told_by_what_it_clips_to(task, attach):
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=1e-4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    watch = attach(task.model, optimizer, scaler=scaler)
+    for step in range(12):
+        task.gradient(step, 2.0**16)
+        scaler.scale(torch.zeros(()))
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    watch.flush()
+    (found,) = (anomaly for record in watch.history(12) for anomaly in record.anomalies)
+    assert "the total norm is 1.52588e-05 (1 before scaler.unscale_)" in found.message
