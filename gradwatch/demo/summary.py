@@ -131,7 +131,7 @@ def _done(findings: Findings, setting: Setting) -> Iterator[str]:
 
 
 def _recovery(findings: Findings) -> Iterator[str]:
-    usual = f"{FAR:g} times its usual {findings.usual_total_norm:.3g}"
+    far = f"{FAR:g} times its median {findings.usual_total_norm:.3g}"
     loss = findings.loss
     if loss is None:
         yield "too few steps since to tell"
@@ -141,9 +141,9 @@ def _recovery(findings: Findings) -> Iterator[str]:
         f"{loss.end:.3g} at the end (means of {SMOOTHED} steps)"
     )
     if findings.calm_since is None:
-        yield f"total norm still above {usual}"
+        yield f"total norm still above {far}"
     else:
-        yield f"total norm below {usual} since step {findings.calm_since}"
+        yield f"total norm below {far} since step {findings.calm_since}"
 
 
 def _verdict(loss: LossStory) -> str:
