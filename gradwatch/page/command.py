@@ -35,7 +35,11 @@ def report_command(
         typer.Argument(help="A recording, or a directory of them: its newest.", show_default=False),
     ],
     last_anomaly: Annotated[
-        bool, typer.Option("--last-anomaly", help="The whole card of the last warning or alert.")
+        bool,
+        typer.Option(
+            "--last-anomaly",
+            help="The whole card of the last alert; without one, of the last warning.",
+        ),
     ] = False,
     step: Annotated[
         int | None, typer.Option("--step", metavar="N", help="The cards of step N.")

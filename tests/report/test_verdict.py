@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gradwatch.recording.cards import card_of
-from gradwatch.records import Anomaly, Layout, Parameter, RunInfo, StepRecord
+from gradwatch.records import Anomaly, Culprit, Layout, Parameter, RunInfo, StepRecord
+from gradwatch.report.advice import to_do
 from gradwatch.report.aftermath import Aftermath
 from gradwatch.report.course import first_step
 from gradwatch.report.moments import duration
@@ -170,6 +171,30 @@ def test_what_the_loss_did_since_decides_whether_to_go_back():
         after = aftermath(one, loss_now=now)
         found = verdict(known(cards=[one], open={"exploding": ()}, after=after), NOW)
         assert dict(found.lines)["to do"].endswith(f"; then {said}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "origin", "since", "before"),
+    [
+        ("exploding", None, 301, 301),
+        ("loss_spike", None, 301, 301),
+        ("rank_divergence", None, 204, 204),
+        ("nonfinite", None, None, 303),
+        ("nonfinite", "weight", None, 302),  # they were bad when the step before had ended
+        ("dead", None, 290, 280),  # the sample before is the last one that was good
+    ],
+)
+def test_the_checkpoint_to_go_back_to_is_from_before_the_first_bad_step(
+    kind, origin, since, before
+):
+    said = f" since step {since}" if since is not None else ""
+    found = Anomaly(
+        kind=kind, level="alert", step=303, layer="block.1", message=f"{kind}: so much{said}"
+    )
+    culprit = None if origin is None else Culprit(origin=origin, module="block.1", message="it")
+    info = RunInfo(run="x", layout=LAYOUT, mode="enforce")
+    told = to_do(card_of(info, found, [record_at(303)], culprit))
+    assert f"a checkpoint from before step {before}" in " ".join(told.split())
 
 
 def test_an_explosion_that_one_layer_has_not_come_back_from_names_that_layer():
