@@ -18,6 +18,7 @@ from rich.text import Text
 
 from gradwatch.chart import columns, log_chart, span
 from gradwatch.demo.monitor import LayerNow, Monitor
+from gradwatch.report.kinds import name_of
 
 __all__ = ["LiveView"]
 
@@ -121,7 +122,7 @@ def _anomaly_sentence(monitor: Monitor) -> str:
     if not monitor.anomalies:
         return "no anomaly so far"
     last = monitor.anomalies[-1]
-    return f"no anomaly open; the last was {last.kind} at step {last.step}"
+    return f"no anomaly open; the last was {name_of(last.kind)} at step {last.step}"
 
 
 def _anomaly_style(monitor: Monitor) -> str:

@@ -23,6 +23,7 @@ from gradwatch.report.course import (
     usual,
     what_is_hit,
 )
+from gradwatch.report.kinds import name_of
 from gradwatch.report.moments import utc
 from gradwatch.rules.culprit import REPLAY_HINT
 from gradwatch.saying import one_line
@@ -193,9 +194,8 @@ def _began(card: Card, after: Aftermath | None) -> str:
     hit = num_hit(card)
     many = hit > 1 and card.layer is not None and card.kind != "nonfinite"
     if rise is not None or first < card.step:
-        said.append(
-            f"{card.kind} from step {first} on{f' in {hit} {what_is_hit(card)}' if many else ''}"
-        )
+        where = f" in {hit} {what_is_hit(card)}" if many else ""
+        said.append(f"{name_of(card.kind)} from step {first} on{where}")
     if culprit is not None and culprit.origin is not None:
         said.append(f"in {_origin(culprit)}")
     elif culprit is not None and card.kind == "nonfinite":

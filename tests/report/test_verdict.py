@@ -98,7 +98,26 @@ def test_of_several_open_alerts_the_first_is_told_and_the_others_named():
     open_alerts = {"loss_spike": (), "exploding": ("block.1",)}
     found = verdict(known(anomalies=anomalies, cards=[card(300)], open=open_alerts), NOW)
     assert "since step 300" in found.headline
-    assert found.headline.endswith("exploding in block.1; also loss_spike")
+    assert found.headline.endswith("exploding in block.1; also loss spike")
+
+
+def test_a_kind_is_told_in_words():
+    found = [anomaly(100, "stalled_update", "warning"), anomaly(200, "diverging", "warning")]
+    assert (
+        "the last: diverging loss in block.1 at step 200"
+        in verdict(known(anomalies=found), NOW).headline
+    )
+    alerts = [anomaly(490, "loss_spike"), anomaly(490, "rank_divergence")]
+    open_alerts = {"loss_spike": (), "rank_divergence": ("block.1",)}
+    cards = [card(490, "loss_spike"), card(490, "rank_divergence")]
+    told = verdict(known(anomalies=alerts, cards=cards, open=open_alerts), NOW)
+    assert "rank divergence in block.1; also loss spike" in told.headline
+    assert "open: rank divergence in block.1, loss spike" in dict(
+        verdict(
+            known(anomalies=alerts, cards=cards, open=open_alerts, latest=record_at(500),
+                  after=aftermath(cards[0])), NOW
+        ).lines
+    )["now"]  # fmt: skip
 
 
 def test_layers_that_come_back_into_an_open_episode_do_not_begin_it():
@@ -260,7 +279,7 @@ def test_of_what_began_in_the_same_step_the_finding_that_says_where_is_told():
     anomalies = [anomaly(302, "loss_spike"), anomaly(319, "collapsed")]
     open_alerts = {"loss_spike": (), "collapsed": ("block.1",)}
     found = verdict(known(anomalies=anomalies, cards=[spike, gone], open=open_alerts), NOW)
-    assert found.headline.endswith("collapsed in 7 parameters; also loss_spike")
+    assert found.headline.endswith("collapsed in 7 parameters; also loss spike")
 
 
 def test_alerts_of_which_nobody_knows_whether_they_are_open_count_as_open():
