@@ -91,7 +91,8 @@ def _overview(recording: Recording) -> Iterator[str]:
     yield from labelled("when", stands.span, WIDTH)
     yield from _findings(listed(known.anomalies, known.cards, MOST_LISTED))
     if known.cards:
-        yield "--last-anomaly prints the card of the last alert, --step N that of another step"
+        highest = "alert" if any(card.level == "alert" for card in known.cards) else "warning"
+        yield f"--last-anomaly prints the card of the last {highest}, --step N that of another step"
 
 
 def _findings(findings: Listed) -> Iterator[str]:

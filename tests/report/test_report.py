@@ -98,6 +98,8 @@ def test_the_last_alert_goes_before_a_later_warning_which_is_named(
     lines = said(capsys, tmp_path, "--last-anomaly")
     assert lines[0].startswith(said_of)
     assert ("also       stuck (--step 25)" in lines) == (bad_at is not None)
+    level = said_of.split()[2]
+    assert f"prints the card of the last {level}," in said(capsys, tmp_path)[-1]
 
 
 def test_the_moment_of_the_first_bad_step_is_that_of_its_record(recorded, capsys):
