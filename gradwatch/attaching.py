@@ -20,6 +20,7 @@ from gradwatch.errors import AttachError
 from gradwatch.export.exporter import Exporter
 from gradwatch.pipeline import Pipeline
 from gradwatch.policy import Policy, PolicyFile, load_policy
+from gradwatch.recording.finding import FOLDER
 from gradwatch.saying import say
 from gradwatch.watch import Watch
 
@@ -34,7 +35,7 @@ def attach(
     run: str | None = None,
     host: str | None = None,
     port: int | None = 9464,
-    recording: str | os.PathLike[str] | None = "gradwatch-runs",
+    recording: str | os.PathLike[str] | None = FOLDER,
     discovery: str | os.PathLike[str] | None = None,
     linger: float | None = None,
     pushgateway: str | None = None,

@@ -18,6 +18,7 @@ except ImportError as error:
     ) from error
 
 from gradwatch.policy import Policy
+from gradwatch.recording.finding import FOLDER
 from gradwatch.trainers import Attachment, end, load_state, saved_state
 from gradwatch.watch import Watch
 
@@ -38,7 +39,7 @@ class GradWatch(keras.callbacks.Callback):  # type: ignore[misc]  # the package 
         run: str | None = None,
         host: str | None = None,
         port: int | None = 9464,
-        recording: str | os.PathLike[str] | None = "gradwatch-runs",
+        recording: str | os.PathLike[str] | None = FOLDER,
         discovery: str | os.PathLike[str] | None = None,
         linger: float | None = None,
         pushgateway: str | None = None,

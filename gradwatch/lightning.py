@@ -27,6 +27,7 @@ from gradwatch.contradictions import (
     warn_of_clipped_norms,
 )
 from gradwatch.policy import Policy
+from gradwatch.recording.finding import FOLDER
 from gradwatch.saying import say
 from gradwatch.trainers import Attachment, end, load_state, saved_state
 from gradwatch.watch import Watch
@@ -44,7 +45,7 @@ class GradWatch(Callback):  # type: ignore[misc]  # the package is not followed
         run: str | None = None,
         host: str | None = None,
         port: int | None = 9464,
-        recording: str | os.PathLike[str] | None = "gradwatch-runs",
+        recording: str | os.PathLike[str] | None = FOLDER,
         discovery: str | os.PathLike[str] | None = None,
         linger: float | None = None,
         pushgateway: str | None = None,

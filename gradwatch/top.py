@@ -21,6 +21,7 @@ from rich.text import Text
 
 from gradwatch.chart import columns, log_chart, span
 from gradwatch.page.watched import Seen, Watched
+from gradwatch.recording.finding import FOLDER
 from gradwatch.recording.reader import open_recording
 from gradwatch.report.card import printable
 from gradwatch.report.findings import ORDER, listed
@@ -50,8 +51,8 @@ WORD = 12
 def top_command(
     recording: Annotated[
         Path,
-        typer.Argument(help="A recording, or a directory of them: its newest.", show_default=False),
-    ],
+        typer.Argument(help="A recording, or a directory of them: its newest."),
+    ] = Path(FOLDER),
     every: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, help="Between two looks.")
     ] = 1.0,

@@ -15,6 +15,7 @@ from gradwatch.attaching import attach, run_name
 from gradwatch.ends import Ends
 from gradwatch.errors import GradwatchError
 from gradwatch.policy import Policy, load_policy
+from gradwatch.recording.finding import FOLDER
 from gradwatch.saying import say
 from gradwatch.watch import Watch
 
@@ -29,7 +30,7 @@ class Attachment:
     run: str | None = None
     host: str | None = None
     port: int | None = 9464
-    recording: str | os.PathLike[str] | None = "gradwatch-runs"
+    recording: str | os.PathLike[str] | None = FOLDER
     discovery: str | os.PathLike[str] | None = None
     linger: float | None = None
     pushgateway: str | None = None

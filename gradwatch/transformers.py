@@ -29,6 +29,7 @@ from gradwatch.contradictions import (
     warn_of_clipped_norms,
 )
 from gradwatch.policy import Policy
+from gradwatch.recording.finding import FOLDER
 from gradwatch.trainers import Attachment, end, load_state, saved_state
 from gradwatch.watch import Watch
 
@@ -48,7 +49,7 @@ class GradWatch(TrainerCallback):  # type: ignore[misc]  # the package is not fo
         run: str | None = None,
         host: str | None = None,
         port: int | None = 9464,
-        recording: str | os.PathLike[str] | None = "gradwatch-runs",
+        recording: str | os.PathLike[str] | None = FOLDER,
         discovery: str | os.PathLike[str] | None = None,
         linger: float | None = None,
         pushgateway: str | None = None,

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from gradwatch.errors import GradwatchError
 from gradwatch.policy import load_policy
+from gradwatch.recording.finding import FOLDER
 
 __all__ = ["POLICY", "demo"]
 
@@ -78,7 +79,7 @@ def demo(
     ] = 9464,
     recording: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the recording goes.")
-    ] = Path("gradwatch-runs"),
+    ] = Path(FOLDER),
     discovery: Annotated[
         Path | None,
         typer.Option(

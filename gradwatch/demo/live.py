@@ -18,6 +18,7 @@ from rich.text import Text
 
 from gradwatch.chart import columns, log_chart, span
 from gradwatch.demo.monitor import LayerNow, Monitor
+from gradwatch.report.kinds import name_of
 
 __all__ = ["LiveView"]
 
@@ -121,7 +122,7 @@ def _anomaly_sentence(monitor: Monitor) -> str:
     if not monitor.anomalies:
         return "no anomaly so far"
     last = monitor.anomalies[-1]
-    return f"no anomaly open; the last was {last.kind} at step {last.step}"
+    return f"no anomaly open; the last was {name_of(last.kind)} at step {last.step}"
 
 
 def _anomaly_style(monitor: Monitor) -> str:
@@ -153,12 +154,12 @@ def _layers(monitor: Monitor, count: int, width: int) -> list[Text]:
     if not layers:
         return []
     name = max(min(max(len(layer.layer) for layer in layers), width - 30), 8)
-    caption = f"{'layer':<{name}} {'norm':>9} {'of usual':>9}"
+    caption = f"{'layer':<{name}} {'norm':>9} {'of median':>9}"
     return [_line(caption, "dim"), *(_layer_line(layer, name, width) for layer in layers)]
 
 
 def _layer_line(layer: LayerNow, name: int, width: int) -> Text:
-    """Name, norm, how many times its usual one, and a block for each doubling of that."""
+    """Name, norm, how many times its median, and a block for each doubling of that."""
     line = Text(no_wrap=True, overflow="crop")
     line.append(f"{layer.layer[-name:]:<{name}} {layer.norm:>9.3g} ")
     if not math.isfinite(layer.ratio):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gradwatch.demo.findings import FAR, SMOOTHED, Findings, LossStory
 from gradwatch.records import Anomaly
+from gradwatch.report.kinds import name_of
 
 __all__ = ["Setting", "further", "one_line", "showed", "summary"]
 
@@ -62,7 +63,7 @@ def summary(findings: Findings, setting: Setting) -> Iterator[tuple[str, list[st
 
 def one_line(findings: Findings, setting: Setting) -> str:
     """For a run among many."""
-    found = ", ".join(f"{alert.kind} at step {alert.step}" for alert in findings.alerts)
+    found = ", ".join(f"{name_of(alert.kind)} at step {alert.step}" for alert in findings.alerts)
     broken = f"broken at step {setting.fault_step}" if setting.fault else "nothing broken"
     return f"{setting.recording.stem}: {findings.num_steps} steps, {broken}; {found or 'no alert'}"
 
@@ -82,8 +83,8 @@ def _happened(findings: Findings, setting: Setting) -> Iterator[str]:
     if len(findings.alerts) > MOST_LISTED:
         yield f"... and {len(findings.alerts) - MOST_LISTED} more"
     if findings.events:
-        kinds = sorted({event.kind for event in findings.events})
-        yield f"events of one step each, none an alert: {len(findings.events)} ({', '.join(kinds)})"
+        kinds = ", ".join(sorted({name_of(event.kind) for event in findings.events}))
+        yield f"events of one step each, none an alert: {len(findings.events)} ({kinds})"
     if setting.stopped:
         yield f"the policy {setting.stopped}"
 
@@ -131,7 +132,7 @@ def _done(findings: Findings, setting: Setting) -> Iterator[str]:
 
 
 def _recovery(findings: Findings) -> Iterator[str]:
-    usual = f"{FAR:g} times its usual {findings.usual_total_norm:.3g}"
+    far = f"{FAR:g} times its median {findings.usual_total_norm:.3g}"
     loss = findings.loss
     if loss is None:
         yield "too few steps since to tell"
@@ -141,9 +142,9 @@ def _recovery(findings: Findings) -> Iterator[str]:
         f"{loss.end:.3g} at the end (means of {SMOOTHED} steps)"
     )
     if findings.calm_since is None:
-        yield f"total norm still above {usual}"
+        yield f"total norm still above {far}"
     else:
-        yield f"total norm below {usual} since step {findings.calm_since}"
+        yield f"total norm below {far} since step {findings.calm_since}"
 
 
 def _verdict(loss: LossStory) -> str:

@@ -5,7 +5,6 @@ Nothing is opened but what `find` has found: a name from outside is looked up, n
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections import OrderedDict
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from gradwatch.errors import GradwatchError
 from gradwatch.page.watched import Watched
-from gradwatch.recording.finding import Candidate, Refusal, find
+from gradwatch.recording.finding import BEGIN_SECONDS, NAMED, Candidate, Refusal, find
 from gradwatch.recording.reader import Recording
 from gradwatch.records import RunInfo
 from gradwatch.report.standing import Standing, Stands
@@ -27,10 +26,6 @@ MOST_WATCHED = 6
 
 MOST_LISTED = 200
 SCAN_SECONDS = 1.0
-BEGIN_SECONDS = 600.0
-"""Between the first rank of a run and the last one to begin."""
-
-NAMED = re.compile(r"(.*)-\d{8}-\d{6}-rank\d+(?:-\d+)?\.sqlite")
 AGAIN_SECONDS = 5.0
 """A live run that writes nothing may have died meanwhile."""
 

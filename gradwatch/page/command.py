@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +12,9 @@ from typing import Annotated
 import typer
 
 from gradwatch.errors import GradwatchError
+from gradwatch.recording.finding import FOLDER
 from gradwatch.recording.reader import open_recording
+from gradwatch.report.choosing import chosen
 from gradwatch.report.command import print_report
 
 __all__ = ["report_command"]
@@ -31,11 +35,18 @@ SUFFIXES = {".html": Format.html, ".htm": Format.html, ".md": Format.md, ".png":
 
 def report_command(
     recording: Annotated[
-        Path,
-        typer.Argument(help="A recording, or a directory of them: its newest.", show_default=False),
-    ],
+        Path | None,
+        typer.Argument(
+            help="A recording, or a directory that holds one run.",
+            show_default=f"the newest run in {FOLDER}",
+        ),
+    ] = None,
     last_anomaly: Annotated[
-        bool, typer.Option("--last-anomaly", help="The whole card of the last warning or alert.")
+        bool,
+        typer.Option(
+            "--last-anomaly",
+            help="The whole card of the last alert; without one, of the last warning.",
+        ),
     ] = False,
     step: Annotated[
         int | None, typer.Option("--step", metavar="N", help="The cards of step N.")
@@ -65,13 +76,16 @@ def report_command(
 ) -> None:
     """Says what went wrong in a run: which layer, since when, what was done, what to do.
 
-    On the terminal; with -o as a file to keep or to send, which needs the extra "page".
+    On the terminal; with -o as a file to keep or to send, which needs the extra "page". Of a
+    directory of several runs each is listed with the command for it.
     """
     wanted = format or _by_name(output)
     if wanted is Format.text:
         if output is not None:
             raise typer.BadParameter("text goes to stdout", param_hint="'--output'")
-        print_report(recording, last_anomaly=last_anomaly, step=step)
+        options = ["--last-anomaly"] * last_anomaly
+        options += [] if step is None else ["--step", str(step)]
+        print_report(_chosen(recording, options), last_anomaly=last_anomaly, step=step)
         return
     if last_anomaly or step is not None:
         raise typer.BadParameter("goes with text only", param_hint="'--last-anomaly' or '--step'")
@@ -83,7 +97,16 @@ def report_command(
         raise GradwatchError(
             f"this report needs {' and '.join(missing)}: pip install 'gradwatch[page]'"
         )
-    _write(recording, wanted, output, browser)
+    given = {"-o": output, "--format": format, "--browser": browser}
+    options = [word for name, value in given.items() if value for word in (name, str(value))]
+    _write(_chosen(recording, options), wanted, output, browser)
+
+
+def _chosen(recording: Path | None, options: Sequence[str]) -> Path:
+    path, how = chosen(recording, options)
+    if how:
+        print(how, file=sys.stderr)
+    return path
 
 
 def _write(recording: Path, wanted: Format, output: Path | None, browser: str) -> None:

@@ -308,11 +308,11 @@ class Underflow(_Sampled):
     """A layer whose gradient is lost in float16 at the present loss scale."""
 
     share: Fraction = 0.3
-    """Share of its elements that are zero or too small for float16, above the usual one of the
+    """Share of its elements that are zero or too small for float16, above the median of the
     layer."""
 
     warmup: Span = 10
-    """Samples that the usual share is taken from."""
+    """Samples that the median is taken from."""
 
 
 class SwallowedUpdate(_Sampled):
@@ -333,7 +333,7 @@ class RankOutlier(_Counting):
     """A process whose own gradient is not like that of the others; needs three of them."""
 
     z: Factor = 6.0
-    """Distance of its log norm from the median, in units of the usual distance."""
+    """Distance of its log norm from the median, in units of the median distance."""
 
     floor: Positive = 0.1
     """The least unit, in log units."""

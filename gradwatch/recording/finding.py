@@ -6,12 +6,26 @@ Nothing outside of the directory is opened, whatever links say.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Candidate", "Refusal", "find"]
+__all__ = ["BEGIN_SECONDS", "FOLDER", "MADE", "NAMED", "STAMP", "Candidate", "Refusal", "find"]
+
+FOLDER = "gradwatch-runs"
+"""Where recordings go where no other directory is named."""
+
+MADE = f"A run makes {FOLDER}/ in the directory that it is started in"
+"""For whoever looks for it elsewhere."""
+
+NAMED = re.compile(r"(.*)-(\d{8}-\d{6})-rank(\d+)(?:-\d+)?\.sqlite")
+"""A run, when it began, a rank."""
+
+STAMP = "%Y%m%d-%H%M%S"
+BEGIN_SECONDS = 600.0
+"""Between the first rank of a run and the last one to begin."""
 
 SIDE_FILES = ("-wal", "-shm", "-journal")
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from gradwatch.errors import RecordingError
 from gradwatch.recording.cards import Card, card_from
+from gradwatch.recording.finding import MADE
 from gradwatch.recording.ring import read_ring
 from gradwatch.recording.rows import ANOMALY_COLUMNS, COLUMNS, anomaly_from, record_from
 from gradwatch.recording.runinfo import info_from_json
@@ -28,7 +29,7 @@ from gradwatch.saying import say
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Recording", "connected", "known_columns", "open_recording"]
+__all__ = ["Recording", "connected", "known_columns", "open_recording", "recordings_in"]
 
 SERIES = (
     "time",
@@ -56,14 +57,25 @@ def open_recording(path: str | os.PathLike[str]) -> Recording:
         RecordingError: there is none, or it is not one that this version can read.
     """
     found = Path(path)
-    if found.is_dir():
-        candidates = [*found.glob("*.sqlite"), *found.glob("*/*.sqlite")]
-        if not candidates:
-            raise RecordingError(f"{found}: no recording (*.sqlite) in this directory")
-        found = max(candidates, key=lambda file: (_last_written(file), file.name))
     if not found.is_file():
-        raise RecordingError(f"{found}: no such recording")
+        found = recordings_in(found)[0]
     return Recording(found)
+
+
+def recordings_in(directory: Path) -> list[Path]:
+    """Those there and one level below, that which was written last first; at least one.
+
+    Raises:
+        RecordingError: there is none.
+    """
+    if not directory.is_dir():
+        raise RecordingError(
+            f"{directory}: no such recording, and no directory of recordings. {MADE}"
+        )
+    found = [*directory.glob("*.sqlite"), *directory.glob("*/*.sqlite")]
+    if not found:
+        raise RecordingError(f"{directory}: no recording (*.sqlite) in this directory")
+    return sorted(found, key=lambda file: (_last_written(file), file.name), reverse=True)
 
 
 def _last_written(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from gradwatch.policy import Detect
 from gradwatch.recording.cards import Card
 from gradwatch.records import Origin
 from gradwatch.report.aftermath import Aftermath
@@ -11,8 +12,8 @@ from gradwatch.report.course import RISEN, SAME, first_step, rise_before, usual
 
 __all__ = ["to_do"]
 
-LATENCY = 5
-"""Steps that it may have lasted when it is found."""
+SAMPLED = Detect().every
+"""Steps for which what only a sample shows may have been there before it."""
 
 TO_DO: dict[Origin, str] = {
     "input": "look at the batch and at how it was read and normalised; training itself is fine",
@@ -49,7 +50,7 @@ def to_do(card: Card, after: Aftermath | None = None) -> str:
         after: None where all that is known is the card.
     """
     rise = rise_before(card)
-    bad_from = max(0, card.step - LATENCY) if rise is None else rise.step
+    bad_from = _bad_from(card) if rise is None else rise.step
     checkpoint = f"a checkpoint from before step {bad_from}"
     origin = None if card.culprit is None else card.culprit.origin
     if card.kind in ("exploding", "loss_spike"):
@@ -68,6 +69,16 @@ def to_do(card: Card, after: Aftermath | None = None) -> str:
         set_to = f"{rise.after:.3g} at step {rise.step} ({again})"
         said = f"first find what set the learning rate to {set_to}; then {said}"
     return said.format(checkpoint=checkpoint, first=first_step(card))
+
+
+def _bad_from(card: Card) -> int:
+    """A checkpoint from before this step is a good one."""
+    first = first_step(card)
+    if card.kind == "dead":
+        return max(0, first - SAMPLED)
+    if card.culprit is not None and card.culprit.origin == "weight":
+        return max(0, first - 1)
+    return first
 
 
 def _after_a_nonfinite_step(card: Card, after: Aftermath | None) -> str:

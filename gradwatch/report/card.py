@@ -10,8 +10,6 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from gradwatch.chart import log_chart
 from gradwatch.recording.cards import Card
 from gradwatch.records import Culprit, Origin
@@ -21,11 +19,11 @@ from gradwatch.report.course import (
     first_step,
     num_hit,
     rise_before,
-    steps_before,
     steps_clipped,
     usual,
     what_is_hit,
 )
+from gradwatch.report.kinds import name_of
 from gradwatch.report.moments import utc
 from gradwatch.rules.culprit import REPLAY_HINT
 from gradwatch.saying import one_line
@@ -196,9 +194,8 @@ def _began(card: Card, after: Aftermath | None) -> str:
     hit = num_hit(card)
     many = hit > 1 and card.layer is not None and card.kind != "nonfinite"
     if rise is not None or first < card.step:
-        said.append(
-            f"{card.kind} from step {first} on{f' in {hit} {what_is_hit(card)}' if many else ''}"
-        )
+        where = f" in {hit} {what_is_hit(card)}" if many else ""
+        said.append(f"{name_of(card.kind)} from step {first} on{where}")
     if culprit is not None and culprit.origin is not None:
         said.append(f"in {_origin(culprit)}")
     elif culprit is not None and card.kind == "nonfinite":
@@ -344,22 +341,21 @@ def _evidence(card: Card) -> Iterator[tuple[str, str]]:
 
 
 def _history(card: Card) -> Iterator[str]:
-    """A line for each series: its course, its median before the finding, its value at the end."""
+    """A line for each series: its course, what it was before the finding, its value at the end."""
     rows = {name: card.series[name] for name in ("total_norm", "loss") if name in card.series}
     rows["learning rate"] = card.series.get("learning_rate", ())
     rows = {**rows, **{f"layer {printable(name)}": norms for name, norms in card.norms.items()}}
     width = max(len(name) for name in rows)
-    until = max(steps_before(card), 1)
     steps = f"steps {card.steps[0]} to {card.steps[-1]}"
-    before = f"median to {card.steps[until - 1]}"
+    before = f"before {first_step(card)}"
     end = f"step {card.steps[-1]}"
     yield f"{steps:<{width}}  {'':<{len(card.steps)}}  {before:>14}  {end:>10}"
     for name, values in rows.items():
         if all(map(math.isnan, values)) and not name.startswith(("total_norm", "layer ")):
             continue
         chart = log_chart(values, 1)[0]
-        known = [value for value in values[:until] if math.isfinite(value)]
-        median = f"{np.median(known):.4g}" if known else "-"
+        known = usual(card, values)
+        median = "-" if math.isnan(known) else f"{known:.4g}"
         yield f"{name:<{width}}  {chart}  {median:>14}  {values[-1]:>10.4g}"
 
 

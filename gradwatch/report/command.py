@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gradwatch.errors import RecordingError
+from gradwatch.recording.cards import Card
 from gradwatch.recording.reader import Recording, open_recording
 from gradwatch.report.card import card_lines, labelled, printable
 from gradwatch.report.findings import ORDER, Listed, findings_of, listed
@@ -16,10 +17,14 @@ __all__ = ["print_report"]
 
 WIDTH = 100
 MOST_LISTED = 20
+MOST_NAMED = 5
 
 
 def print_report(recording: Path, *, last_anomaly: bool, step: int | None) -> None:
-    """What went wrong in a run, for a terminal; of the last finding or of a step the whole card.
+    """What went wrong in a run, for a terminal; of a finding or a step the whole card.
+
+    Args:
+        last_anomaly: the last alert; of a run without one, its last warning.
 
     Raises:
         RecordingError: it cannot be read, or has no card of that step.
@@ -40,19 +45,37 @@ def _lines(recording: Recording, last_anomaly: bool, step: int | None) -> Iterat
     elif last_anomaly:
         every = findings_of(recording.anomalies(), cards)
         cards = [one.card for one in every if one.card is not None]
-        chosen = [card for card in cards if card.step == cards[-1].step][:1]
-        if not chosen:
+        if not cards:
             yield f"run {printable(recording.info.run)}: no warning and no alert"
             return
+        last = _last_of_highest(cards)
+        yield from card_lines(last, WIDTH, len(recording.layers))
+        if others := _named([one for one in cards if one.step >= last.step and one is not last]):
+            yield from labelled("also", others, WIDTH)
+        return
     else:
         yield from _overview(recording)
         return
     for number, card in enumerate(chosen):
         yield from [""] * bool(number)
         yield from card_lines(card, WIDTH, len(recording.layers))
-    if len(others := {card.kind for card in cards if card.step == chosen[0].step}) > len(chosen):
-        more = ", ".join(sorted(others - {card.kind for card in chosen}))
-        yield from labelled("also", f"{more} (--step {chosen[0].step})", WIDTH)
+
+
+def _last_of_highest(cards: Sequence[Card]) -> Card:
+    """The last alert; of a run without one, the last warning. Of those of one step the most urgent.
+
+    Args:
+        cards: in the order of findings, at least one.
+    """
+    highest = [card for card in cards if card.level == "alert"] or cards
+    return next(card for card in highest if card.step == highest[-1].step)
+
+
+def _named(cards: Sequence[Card]) -> str:
+    """`diverging (--step 349), stuck (--step 420)`"""
+    named = [f"{printable(card.kind)} (--step {card.step})" for card in cards[:MOST_NAMED]]
+    more = len(cards) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more else "")
 
 
 def _overview(recording: Recording) -> Iterator[str]:
@@ -68,7 +91,8 @@ def _overview(recording: Recording) -> Iterator[str]:
     yield from labelled("when", stands.span, WIDTH)
     yield from _findings(listed(known.anomalies, known.cards, MOST_LISTED))
     if known.cards:
-        yield "--last-anomaly prints the whole card, --step N that of another step"
+        highest = "alert" if any(card.level == "alert" for card in known.cards) else "warning"
+        yield f"--last-anomaly prints the card of the last {highest}, --step N that of another step"
 
 
 def _findings(findings: Listed) -> Iterator[str]:

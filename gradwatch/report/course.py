@@ -23,7 +23,6 @@ __all__ = [
     "first_step",
     "num_hit",
     "rise_before",
-    "steps_before",
     "steps_clipped",
     "usual",
     "what_is_hit",
@@ -80,18 +79,14 @@ def what_is_hit(card: Card) -> str:
     return "parameters" if card.kind in OF_PARAMETERS else "layers"
 
 
-def steps_before(card: Card) -> int:
-    """How many of the steps that the card holds were before the first abnormal one."""
-    return sum(step < first_step(card) for step in card.steps)
-
-
 def usual(card: Card, values: Sequence[float]) -> float:
     """Median of one number over the steps before the first abnormal one; NaN where few are known.
 
     Args:
         values: of the steps of the card.
     """
-    before = [value for value in values[: steps_before(card)] if math.isfinite(value)]
+    num_before = sum(step < first_step(card) for step in card.steps)
+    before = [value for value in values[:num_before] if math.isfinite(value)]
     return statistics.median(before) if len(before) >= FEWEST else math.nan
 
 

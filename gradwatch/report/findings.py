@@ -11,19 +11,13 @@ from dataclasses import dataclass
 from gradwatch.policy import KINDS
 from gradwatch.recording.cards import Card
 from gradwatch.records import Anomaly, Level
-from gradwatch.report.card import begun_first, found, printable
+from gradwatch.report.card import begun_first, found
+from gradwatch.report.kinds import MEANS, name_of
 
 __all__ = ["ORDER", "Finding", "Listed", "findings_of", "listed", "urgency"]
 
 ORDER = "oldest first"
 """As a heading says it."""
-
-
-MEANS = {
-    "spike": "a norm far above its median in that step",
-    "overflow": "a gradient that the loss scaler dropped",
-}
-"""What an event is, for kinds whose name does not say it."""
 
 EVENTS_NAMED = 5
 """Of each kind, the first ones."""
@@ -69,7 +63,7 @@ class Listed:
             named = ", ".join(map(str, steps[:EVENTS_NAMED]))
             more = f" and {len(steps) - EVENTS_NAMED} more" if len(steps) > EVENTS_NAMED else ""
             means = f" ({MEANS[kind]})" if kind in MEANS else ""
-            said.append(f"{printable(kind)}{means} at step {named}{more}")
+            said.append(f"{name_of(kind)}{means} at step {named}{more}")
         number = len(self.events)
         count = "1 event of one step" if number == 1 else f"{number} events of one step each"
         return f"{count}, none an alert: {'; '.join(said)}"

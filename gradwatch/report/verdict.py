@@ -16,6 +16,7 @@ from gradwatch.report.aftermath import FAR, NEAR, Aftermath
 from gradwatch.report.card import printable, told, what_came_before, widest
 from gradwatch.report.course import RISEN, first_step, num_hit, usual
 from gradwatch.report.findings import urgency
+from gradwatch.report.kinds import name_of
 from gradwatch.report.moments import duration, utc
 
 __all__ = ["Health", "Known", "Verdict", "verdict"]
@@ -25,9 +26,6 @@ Health = Literal["healthy", "over", "warning", "alert", "unknown"]
 
 SILENT_SECONDS, SILENT_STEPS = 60.0, 20.0
 """A run without a step for so long, and for so many of its usual steps, is said to be silent."""
-
-WORDS = {"nonfinite": "nonfinite gradients (NaN or inf)"}
-"""Kinds that their names alone do not tell of."""
 
 NAMED = 3
 """Layers that are named."""
@@ -128,7 +126,7 @@ def verdict(known: Known, now: float | None = None) -> Verdict:
         return Verdict(
             health="healthy",
             headline=f"Healthy up to step {known.step:,}, with {_count(len(warnings), 'warning')}; "
-            f"the last: {last.kind}{_in(last.layer)} at step {last.step}",
+            f"the last: {name_of(last.kind)}{_in(last.layer)} at step {last.step}",
             lines=_lines(known, _card_at(known, last.step, last.kind)),
             card=_card_at(known, last.step, last.kind),
         )
@@ -152,7 +150,7 @@ def _not_healthy(known: Known, alerts: Sequence[tuple[int, str]], now: float) ->
     when = _time_of(known, first, card)
     ago = f", {duration(now - when)} ago" if known.state == "running" else ""
     moment = f" ({utc(when)}{ago})" if math.isfinite(when) else ""
-    also = f"; also {', '.join(others)}" if others else ""
+    also = f"; also {', '.join(map(name_of, others))}" if others else ""
     also += _in_all(known, alerts, 1 + len(others))
     end = "" if known.state == "running" else f"; the run {known.state} at step {known.step}"
     if known.state == "finished":
@@ -166,7 +164,7 @@ def _not_healthy(known: Known, alerts: Sequence[tuple[int, str]], now: float) ->
             lines=_lines(known, card),
             card=card,
         )
-    what = f"{kind}{_in(layer)}" if card is None else _told_shortly(known, card)
+    what = f"{name_of(kind)}{_in(layer)}" if card is None else _told_shortly(known, card)
     return Verdict(
         health="alert",
         headline=f"Not healthy since step {first}{moment}: {what}{also}{end}",
@@ -216,7 +214,7 @@ def _order(kind: str, step: int, card: Card | None) -> tuple[int, bool, int]:
 def _told_shortly(known: Known, card: Card, kind: str | None = None) -> str:
     """`exploding in all 5 layers, 1 step after the learning rate rose 100x`."""
     where = widest(card, known.num_layers)
-    kind = WORDS.get(card.kind, card.kind) if kind is None else kind
+    kind = name_of(card.kind) if kind is None else kind
     what = f"{kind}{f' in {where}' if where else ''}".strip()
     return ", ".join([*([what] if what else []), *what_came_before(card)])
 
@@ -269,7 +267,9 @@ def _stands_out(known: Known, card: Card, after: Aftermath) -> list[str]:
         said.append(f"total norm below {FAR:g}x since step {after.good_since}")
     if known.open is not None and known.open:
         kinds = sorted(known.open, key=urgency)
-        said.append(f"open: {', '.join(f'{kind}{_in_some(known.open[kind])}' for kind in kinds)}")
+        said.append(
+            f"open: {', '.join(f'{name_of(kind)}{_in_some(known.open[kind])}' for kind in kinds)}"
+        )
     elif known.calm_since is not None and after.good_since not in (None, known.calm_since):
         said.append(f"last alert closed at step {known.calm_since}")
     return said
@@ -300,7 +300,7 @@ def _over(known: Known, alerts: Sequence[tuple[int, str]]) -> Verdict:
     count = _count(len(alerts), "alert")
     count += f" and {_count(warnings, 'warning')}" if warnings else ""
     which = "; see " if len(alerts) > 1 else ": "
-    what = kind if card is None else _told_shortly(known, card)
+    what = name_of(kind) if card is None else _told_shortly(known, card)
     at = f"at step {first}"
     skipped = "; it was skipped" if card is not None and card.skipped else ""
     if after is not None and kind == "nonfinite":

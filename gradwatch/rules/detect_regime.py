@@ -40,7 +40,7 @@ class Change:
     """The first one it applies to."""
 
     reason: str
-    """What happened, as a clause."""
+    """What happened, as a clause; empty for what no finding is said to come after."""
 
     rescales: bool
     """Whether it may rescale the norm by itself."""
@@ -78,7 +78,8 @@ class Regime:
             self._rate[0] = now
         if now <= 0 or not _apart(before, now):
             return None
-        reason = f"the learning rate went from {before:.3g} to {now:.3g}"
+        # Baselines begin anew with a lowered one, too, but nothing goes wrong for it.
+        reason = f"the learning rate rose from {before:.3g} to {now:.3g}" if now > before else ""
         return Change(record.step, reason, rescales=False)
 
     def _accumulation_change(self, record: StepRecord) -> Change | None:

@@ -41,7 +41,7 @@ SPARSE = ("Embedding", "EmbeddingBag")
 """Modules whose gradient is zero wherever a row was not asked for."""
 
 USUAL = 64
-"""Samples that the usual share of a layer is taken from."""
+"""Samples that the median of a layer is taken from."""
 
 Measure = Callable[[Reading], tuple[Float64s, Bools]]
 """[L] what is compared with the limit, and where it says something."""
@@ -172,7 +172,7 @@ class _Shares:
 
 
 class Lost:
-    """The share that float16 makes zero, above the usual one of the layer."""
+    """The share that float16 makes zero, above the median of the layer."""
 
     def __init__(self, layout: Layout, config: Underflow) -> None:
         self._config = config
@@ -200,7 +200,7 @@ class Lost:
         known_L = ~np.isnan(self._share_L) & ~open_S
         if not known_L.any():
             return
-        # Not what is far above: half a window later it would be the usual share.
+        # Not what is far above: half a window later it would be the median.
         with np.errstate(all="ignore"):
             known_L &= ~(self._share_L > self._center_L + self._config.share)
         rows = np.flatnonzero(known_L)
@@ -216,7 +216,7 @@ class Lost:
     def said(self, subject: int, value: float, expected: float) -> str:
         return (
             f"{value:.0%} of its gradient is zero or too small for float16 at this loss scale, "
-            f"where {expected:.0%} is usual,"
+            f"where its median is {expected:.0%},"
         )
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:

@@ -30,7 +30,7 @@ __all__ = ["KINDS", "Detection"]
 
 STATE_VERSION = 1
 KEPT_CHANGES = 4
-"""The last changes by intention that are remembered, for messages only."""
+"""The last changes by intention that are remembered, for messages only: those with a reason."""
 
 
 class Detection:
@@ -138,7 +138,8 @@ class Detection:
         return new
 
     def _begin_anew(self, change: Change) -> None:
-        self._changes.append(change)
+        if change.reason:
+            self._changes.append(change)
         for detector in self._detectors.values():
             detector.begin_anew(rescales=change.rescales)
 

@@ -14,6 +14,7 @@ import typer
 
 from gradwatch.export.addresses import is_loopback, listening
 from gradwatch.export.endpoint import Endpoint
+from gradwatch.recording.finding import FOLDER, MADE
 from gradwatch.serve.agent import Agent
 from gradwatch.serve.front import Front, pages_of
 from gradwatch.stopping import stoppable
@@ -38,11 +39,8 @@ def serve_command(
         typer.Argument(
             metavar="DIR",
             help="Where recordings are, there or one level below.",
-            exists=True,
-            file_okay=False,
-            show_default=False,
         ),
-    ],
+    ] = Path(FOLDER),
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="0 takes any free one and says which.")
     ] = PORT,
@@ -70,6 +68,10 @@ def serve_command(
     The metrics are for Prometheus to scrape one target per machine. Runs may begin, end and die
     meanwhile: it reads what they record and has no part in them.
     """
+    if not directory.is_dir():
+        raise typer.BadParameter(
+            f"{directory} does not exist, or is no directory. {MADE}", param_hint="'DIR'"
+        )
     seconds = _seconds(keep)
     if token and not re.fullmatch(TOKEN, token):
         raise typer.BadParameter(

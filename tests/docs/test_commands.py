@@ -74,6 +74,7 @@ def folder(start: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (recording,) = (folder / "gradwatch-runs").glob("*.sqlite")
     for name in ("RECORDING", "PATH"):
         (folder / name).symlink_to(recording)
+    (folder / "DIR").symlink_to(recording.parent)
     for name in ("POLICY", "FILE"):
         (folder / name).symlink_to(folder / "policy.yaml")
     shutil.copytree(ROOT / "dashboards", folder / "dashboards")
@@ -137,10 +138,10 @@ def test_what_needs_a_server_is_run_by_the_test_that_has_one(command: str) -> No
 
 
 def test_the_run_of_the_first_page_is_told_as_it_says(folder: Path) -> None:
-    done = _run("gradwatch report gradwatch-runs", folder)
+    done = _run("gradwatch report", folder)
     assert "Healthy" in done.stdout
     assert "event" in done.stdout
-    assert "spike" in _run("gradwatch top gradwatch-runs", folder).stdout
+    assert "spike" in _run("gradwatch top", folder).stdout
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -57,7 +57,7 @@ def said(capsys, *arguments) -> list[str]:
 def test_the_first_lines_say_what_happened_and_what_to_do(recorded, capsys):
     lines = said(capsys, recorded(bad_weight_at=85), "--last-anomaly")
     assert lines[0].startswith("step 85  alert nonfinite in 2, ")
-    assert lines[1].startswith("to do      go back to a checkpoint from before step 80: ")
+    assert lines[1].startswith("to do      go back to a checkpoint from before step 84: ")
     text = "\n".join(lines)
     assert "\nbegan      in the weights of 2\n" in text
     assert "\ndone       step 85 was skipped (nonfinite)" in text
@@ -75,6 +75,31 @@ def test_an_explosion_is_told_with_what_the_policy_did(recorded, capsys):
     assert "were clipped by the rule global (step 82: " in text
     assert " -> 1)" in text
     assert "step 80, over the medians before it: the loss is" in text
+
+
+@pytest.mark.parametrize(("bad_at", "said_of"), [(10, "step 10  alert nonfinite"),
+                                               (None, "step 25  warning stuck, ")])  # fmt: skip
+def test_the_last_alert_goes_before_a_later_warning_which_is_named(
+    tmp_path, capsys, bad_at, said_of
+):
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    policy = {"version": 1, "guard": {"nonfinite": "skip"}, "detect": {"stuck": {"steps": 5}}}
+    with gradwatch.attach(model, optimizer, policy, port=None, recording=tmp_path):
+        for step in range(30):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            if step >= 20:
+                model.weight.grad.fill_(0.1)
+                model.bias.grad.fill_(0.1)
+            elif step == bad_at:
+                model.bias.grad.fill_(math.nan)
+            optimizer.step()
+    lines = said(capsys, tmp_path, "--last-anomaly")
+    assert lines[0].startswith(said_of)
+    assert ("also       stuck (--step 25)" in lines) == (bad_at is not None)
+    level = said_of.split()[2]
+    assert f"prints the card of the last {level}," in said(capsys, tmp_path)[-1]
 
 
 def test_the_moment_of_the_first_bad_step_is_that_of_its_record(recorded, capsys):

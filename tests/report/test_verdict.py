@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gradwatch.recording.cards import card_of
-from gradwatch.records import Anomaly, Layout, Parameter, RunInfo, StepRecord
+from gradwatch.records import Anomaly, Culprit, Layout, Parameter, RunInfo, StepRecord
+from gradwatch.report.advice import to_do
 from gradwatch.report.aftermath import Aftermath
 from gradwatch.report.course import first_step
 from gradwatch.report.moments import duration
@@ -97,7 +98,26 @@ def test_of_several_open_alerts_the_first_is_told_and_the_others_named():
     open_alerts = {"loss_spike": (), "exploding": ("block.1",)}
     found = verdict(known(anomalies=anomalies, cards=[card(300)], open=open_alerts), NOW)
     assert "since step 300" in found.headline
-    assert found.headline.endswith("exploding in block.1; also loss_spike")
+    assert found.headline.endswith("exploding in block.1; also loss spike")
+
+
+def test_a_kind_is_told_in_words():
+    found = [anomaly(100, "stalled_update", "warning"), anomaly(200, "diverging", "warning")]
+    assert (
+        "the last: diverging loss in block.1 at step 200"
+        in verdict(known(anomalies=found), NOW).headline
+    )
+    alerts = [anomaly(490, "loss_spike"), anomaly(490, "rank_divergence")]
+    open_alerts = {"loss_spike": (), "rank_divergence": ("block.1",)}
+    cards = [card(490, "loss_spike"), card(490, "rank_divergence")]
+    told = verdict(known(anomalies=alerts, cards=cards, open=open_alerts), NOW)
+    assert "rank divergence in block.1; also loss spike" in told.headline
+    assert "open: rank divergence in block.1, loss spike" in dict(
+        verdict(
+            known(anomalies=alerts, cards=cards, open=open_alerts, latest=record_at(500),
+                  after=aftermath(cards[0])), NOW
+        ).lines
+    )["now"]  # fmt: skip
 
 
 def test_layers_that_come_back_into_an_open_episode_do_not_begin_it():
@@ -172,6 +192,30 @@ def test_what_the_loss_did_since_decides_whether_to_go_back():
         assert dict(found.lines)["to do"].endswith(f"; then {said}")
 
 
+@pytest.mark.parametrize(
+    ("kind", "origin", "since", "before"),
+    [
+        ("exploding", None, 301, 301),
+        ("loss_spike", None, 301, 301),
+        ("rank_divergence", None, 204, 204),
+        ("nonfinite", None, None, 303),
+        ("nonfinite", "weight", None, 302),  # they were bad when the step before had ended
+        ("dead", None, 290, 280),  # the sample before is the last one that was good
+    ],
+)
+def test_the_checkpoint_to_go_back_to_is_from_before_the_first_bad_step(
+    kind, origin, since, before
+):
+    said = f" since step {since}" if since is not None else ""
+    found = Anomaly(
+        kind=kind, level="alert", step=303, layer="block.1", message=f"{kind}: so much{said}"
+    )
+    culprit = None if origin is None else Culprit(origin=origin, module="block.1", message="it")
+    info = RunInfo(run="x", layout=LAYOUT, mode="enforce")
+    told = to_do(card_of(info, found, [record_at(303)], culprit))
+    assert f"a checkpoint from before step {before}" in " ".join(told.split())
+
+
 def test_an_explosion_that_one_layer_has_not_come_back_from_names_that_layer():
     one = explosion(303, 301, RATES)
     layers = {f"block.{i}": 1.0 for i in range(5)}
@@ -235,7 +279,7 @@ def test_of_what_began_in_the_same_step_the_finding_that_says_where_is_told():
     anomalies = [anomaly(302, "loss_spike"), anomaly(319, "collapsed")]
     open_alerts = {"loss_spike": (), "collapsed": ("block.1",)}
     found = verdict(known(anomalies=anomalies, cards=[spike, gone], open=open_alerts), NOW)
-    assert found.headline.endswith("collapsed in 7 parameters; also loss_spike")
+    assert found.headline.endswith("collapsed in 7 parameters; also loss spike")
 
 
 def test_alerts_of_which_nobody_knows_whether_they_are_open_count_as_open():

@@ -52,7 +52,7 @@ def test_an_explosion_after_a_learning_rate_x100_is_caught_within_five_steps(run
     assert kind == "exploding"
     assert step == 204
     assert anomalies[-1].message.endswith(
-        "since step 202, 2 steps after the learning rate went from 0.001 to 0.1"
+        "since step 202, 2 steps after the learning rate rose from 0.001 to 0.1"
     )
 
 
@@ -63,7 +63,24 @@ def test_what_began_before_the_last_change_is_not_blamed_on_it(run, healthy):
     norms = np.array([1.0, 2.0, 90.0, 80.0, 70.0])[:, None]
     anomalies = a_run.play(norms, learning_rate=lambda t: 0.1 if t < 203 else 1e-3)
     assert alerts(anomalies) == [("exploding", 204)]
-    assert "2 steps after the learning rate went from 0.001 to 0.1" in anomalies[-1].message
+    assert "2 steps after the learning rate rose from 0.001 to 0.1" in anomalies[-1].message
+
+
+def test_a_lowered_learning_rate_is_not_blamed_for_what_comes_after_it(run):
+    a_run = run(1)
+    a_run.warm(200, learning_rate=5.0)
+    found = a_run.play(np.full((3, 1), 90.0), learning_rate=0.05)
+    assert alerts(found) == [("exploding", 202)]
+    assert all("learning rate" not in one.message for one in found)
+
+
+def test_a_loss_that_diverges_is_said_to_come_after_the_raise_not_after_its_end(run):
+    a_run = run(1)
+    a_run.warm(300, learning_rate=0.05, scalars={"loss": 1.0})
+    raised = {"learning_rate": lambda step: 5.0 if step < 304 else 0.05}
+    found = a_run.play(np.ones((60, 1)), scalars={"loss": 3.0}, **raised)
+    (diverging,) = [one for one in found if one.kind == "diverging"]
+    assert diverging.message.endswith(" steps after the learning rate rose from 0.05 to 5")
 
 
 def test_a_rate_that_jumps_up_and_down_at_every_step_hides_no_explosion(run, healthy):

@@ -104,6 +104,14 @@ def test_weights_near_zero_may_grow_at_once(run):
     assert stream.play(50, weight_norm=1e-4, update_norm=1e-3) == []
 
 
+def test_lost_precision_is_told_beside_the_median_of_the_layer(run):
+    stream = Stream(run, "underflow")
+    stream.play(300, flushed_share=0.1)
+    (found,) = stream.play(100, flushed_share=0.6)
+    assert "60% of its gradient is zero or too small for float16" in found.message
+    assert "where its median is 10%, since step" in found.message
+
+
 def test_a_share_that_was_high_from_the_start_is_usual(run):
     stream = Stream(run, "underflow")
     assert stream.play(300, flushed_share=0.8) == []
