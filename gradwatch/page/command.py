@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +36,7 @@ def report_command(
     recording: Annotated[
         Path | None,
         typer.Argument(
-            help="A recording, or a directory that holds one run.",
+            help="A recording, or a directory whose newest run is meant.",
             show_default=f"the newest run in {FOLDER}",
         ),
     ] = None,
@@ -77,15 +76,13 @@ def report_command(
     """Says what went wrong in a run: which layer, since when, what was done, what to do.
 
     On the terminal; with -o as a file to keep or to send, which needs the extra "page". Of a
-    directory of several runs each is listed with the command for it.
+    directory the newest run is taken.
     """
     wanted = format or _by_name(output)
     if wanted is Format.text:
         if output is not None:
             raise typer.BadParameter("text goes to stdout", param_hint="'--output'")
-        options = ["--last-anomaly"] * last_anomaly
-        options += [] if step is None else ["--step", str(step)]
-        print_report(_chosen(recording, options), last_anomaly=last_anomaly, step=step)
+        print_report(_chosen(recording), last_anomaly=last_anomaly, step=step)
         return
     if last_anomaly or step is not None:
         raise typer.BadParameter("goes with text only", param_hint="'--last-anomaly' or '--step'")
@@ -97,13 +94,11 @@ def report_command(
         raise GradwatchError(
             f"this report needs {' and '.join(missing)}: pip install 'gradwatch[page]'"
         )
-    given = {"-o": output, "--format": format, "--browser": browser}
-    options = [word for name, value in given.items() if value for word in (name, str(value))]
-    _write(_chosen(recording, options), wanted, output, browser)
+    _write(_chosen(recording), wanted, output, browser)
 
 
-def _chosen(recording: Path | None, options: Sequence[str]) -> Path:
-    path, how = chosen(recording, options)
+def _chosen(recording: Path | None) -> Path:
+    path, how = chosen(recording)
     if how:
         print(how, file=sys.stderr)
     return path

@@ -5,51 +5,31 @@ Runs are told apart by the names of their files, so that one that cannot be read
 
 from __future__ import annotations
 
-import shlex
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from gradwatch.errors import RecordingError
 from gradwatch.recording.finding import BEGIN_SECONDS, FOLDER, NAMED, STAMP
 from gradwatch.recording.reader import recordings_in
 
 __all__ = ["chosen", "runs_in"]
 
-MOST_NAMED = 20
 
-
-def chosen(named: Path | None, options: Sequence[str]) -> tuple[Path, str]:
+def chosen(named: Path | None) -> tuple[Path, str]:
     """The recording, and how it was come by; empty where it was named itself.
 
     Args:
-        named: a recording, or a directory that holds one run; None for the newest in FOLDER.
-        options: of the command, for those that are suggested.
+        named: a recording, or a directory whose newest run is meant; None for that of FOLDER.
 
     Raises:
-        RecordingError: there is none, or the named directory has several runs, each of which is
-            told with the command for it.
+        RecordingError: there is none.
     """
     if named is not None and not named.is_dir():
         return named, ""
     folder = Path(FOLDER) if named is None else named
     runs = runs_in(folder)
-    if len(runs) == 1:
-        return runs[0], f"{runs[0]}: the only run in {folder}"
-    if named is None:
-        return runs[0], f"{runs[0]}: the newest of {len(runs)} runs in {folder}"
-    commands = [shlex.join(["gradwatch", "report", str(run), *options]) for run in runs]
-    older = len(commands) - MOST_NAMED
-    raise RecordingError(
-        "\n".join(
-            [
-                f"{folder}: {len(runs)} runs, the newest first. Name one:",
-                *commands[:MOST_NAMED],
-                *([f"... and {older} older ones"] if older > 0 else []),
-            ]
-        )
-    )
+    which = "the only run" if len(runs) == 1 else f"the newest of {len(runs)} runs"
+    return runs[0], f"{runs[0]}: {which} in {folder}"
 
 
 def runs_in(folder: Path) -> list[Path]:

@@ -74,7 +74,6 @@ def folder(start: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (recording,) = (folder / "gradwatch-runs").glob("*.sqlite")
     for name in ("RECORDING", "PATH"):
         (folder / name).symlink_to(recording)
-    (folder / "DIR").symlink_to(recording.parent)
     for name in ("POLICY", "FILE"):
         (folder / name).symlink_to(folder / "policy.yaml")
     shutil.copytree(ROOT / "dashboards", folder / "dashboards")

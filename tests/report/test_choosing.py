@@ -62,27 +62,14 @@ def test_the_ranks_of_a_run_are_one_run_and_its_lowest_is_taken(record, capsys):
     assert asked(capsys, "gradwatch-runs")[2] == [f"{path}: the only run in gradwatch-runs"]
 
 
-def test_a_directory_of_several_runs_lists_them_with_whole_commands(record, capsys):
+def test_of_a_directory_of_several_runs_it_is_of_the_newest_and_says_so(record, capsys):
     older = [record("one"), record("one", rank=1)]
     again = record("one", started=BEGAN + 60)
-    odd = again.with_name("two words.sqlite")
-    shutil.copy(again, odd)
-    code, out, err = asked(capsys, "gradwatch-runs", "--last-anomaly")
-    assert (code, out) == (2, [])
-    assert err == [
-        "gradwatch-runs: 3 runs, the newest first. Name one:",
-        f"gradwatch report '{odd}' --last-anomaly",
-        f"gradwatch report {again} --last-anomaly",
-        f"gradwatch report {older[0]} --last-anomaly",
-    ]
-
-
-def test_the_command_that_is_listed_writes_the_same_file(record, capsys):
-    record("one")
-    newest = record("two", started=BEGAN + 60)
-    assert asked(capsys, "gradwatch-runs", "-o", "report.md")[2][1] == (
-        f"gradwatch report {newest} -o report.md"
-    )
+    shutil.copy(older[0], again.with_name("two words.sqlite"))
+    code, _, err = asked(capsys, "gradwatch-runs")
+    assert code == 0
+    newest = again.with_name("two words.sqlite")
+    assert err == [f"{newest}: the newest of 3 runs in gradwatch-runs"]
 
 
 @pytest.mark.parametrize("command", ["report", "top", "serve"])
