@@ -101,9 +101,10 @@ def test_training_is_bit_identical_and_the_end_waits_seconds_only(kind, attach, 
 
 
 LINGERING = """
-import sys, time
+import signal, sys, time
 import torch, gradwatch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's `&`
 model = torch.nn.Linear(4, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 watch = gradwatch.attach(model, optimizer, run="r", recording=None, port=0, linger=60)
