@@ -173,6 +173,7 @@ def _wrapped(text: Text, width: int, most: int) -> list[Text]:
         rows[-1].truncate(width - 2)
         rows[-1].append(" …")
     for row in rows:
+        row.rstrip()
         row.no_wrap = True
     return rows
 
