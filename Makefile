@@ -34,15 +34,14 @@ gpu: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/hook_overhead.py --device cuda
 
 # A machine with an NVIDIA GPU: TORCH_INDEX names the index of the CUDA build that you want.
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	--constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP_OPTIONS = --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 $(VENV)/demo.stamp: $(VENV)/made.stamp pyproject.toml constraints.txt
-	$(PIP_INSTALL) --editable ".[torch,demo]"
+	@scripts/install "gradwatch with PyTorch, scikit-learn and Bokeh" $(BIN)/python $(PIP_OPTIONS) --editable ".[torch,demo,page]"
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/made.stamp pyproject.toml constraints.txt
-	$(PIP_INSTALL) --editable ".[dev]"
+	@scripts/install "gradwatch with PyTorch, TensorFlow and what tests need" $(BIN)/python $(PIP_OPTIONS) --editable ".[dev]"
 	touch $@ $(VENV)/demo.stamp
 
 $(VENV)/made.stamp:

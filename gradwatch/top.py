@@ -1,6 +1,6 @@
 """`gradwatch top`: how a run stands, in a terminal, once a second.
 
-    Watched.look() -> one screen: verdict, norm, oddest layers, last findings
+    Watched.look() -> parts of any size -> one screen: as much of each as there is room for
 
 Meaning is in words and shapes; colour only repeats it, and is left out where there is none.
 """
@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from gradwatch.chart import columns, log_chart, span
+from gradwatch.page.grid import Grid
 from gradwatch.page.watched import Seen, Watched
 from gradwatch.recording.finding import FOLDER
 from gradwatch.recording.reader import open_recording
@@ -28,6 +29,7 @@ from gradwatch.report.findings import ORDER, listed
 from gradwatch.report.moments import duration
 from gradwatch.report.standing import RECENT
 from gradwatch.report.verdict import Health
+from gradwatch.saying import one_line
 from gradwatch.stopping import stoppable
 
 __all__ = ["screen", "top_command"]
@@ -40,12 +42,36 @@ MARKS: dict[Health, str] = {
     "healthy": "OK", "over": "OK", "warning": "!", "alert": "!!", "unknown": "?",
 }  # fmt: skip
 LEVEL_STYLES = {"alert": "red", "warning": "yellow"}
-CHART_HEIGHT = 4
+HEADINGS = ("furthest from their usual norm", "furthest from", "layer")
+HEADINGS_HEALTHY = ("layers, beside their usual norm", "layer")
+"""The longest that there is room for."""
+
 MARGIN = 10
+LEAST_NAME = 12
+GAP = 2
+"""Between columns."""
+
 DOZE_SECONDS = 0.1
-LEAST_COLUMNS = 20
-MOST_LAYERS, MOST_FINDINGS = 10, 12
-WORD = 12
+
+
+def _up_to(name: str, size: int, start: int = 1) -> list[tuple[str, int]]:
+    return [(name, one) for one in range(start, size + 1)]
+
+
+WISHES: Sequence[tuple[str, int]] = (
+    ("title", 1), *_up_to("headline", 3),
+    *_up_to("layers", 3), *_up_to("findings", 2), ("chart", 1),
+    *_up_to("headline", 8, 4), *_up_to("to do", 4), ("events", 1),
+    ("above layers", 1), ("above findings", 1), ("above chart", 1), ("figures", 1),
+    *_up_to("now", 2), *_up_to("chart", 5, 3), *_up_to("layers", 5, 4), *_up_to("findings", 5, 3),
+    *_up_to("now", 6, 3), *_up_to("began", 6), *_up_to("done", 6), *_up_to("worst", 6),
+    *_up_to("to do", 6, 5), *_up_to("layers", 10, 6), *_up_to("findings", 12, 6),
+)  # fmt: skip
+"""Parts of a screen, each with a size that it asks for, the most important first; it gets the rows
+for that where they are left."""
+
+Part = Callable[[int], list[Text]]
+"""The rows that it has in a size."""
 
 
 def top_command(
@@ -85,57 +111,86 @@ def _follow(
 
 
 def _height(console: Console) -> int:
-    """Of a pipe there is no end."""
-    return console.height if console.is_terminal else 60
+    """With room for the prompt below it; of a pipe there is no end."""
+    return console.height - 1 if console.is_terminal else 60
 
 
-def screen(watched: Watched, width: int, height: int) -> RenderableType:
-    """One picture of a run, that fits into a terminal.
+def screen(watched: Watched, width: int, height: int) -> Group:
+    """One picture of a run, at most `height` lines of at most `width` columns.
 
     Raises:
         RecordingError: the recording cannot be read.
     """
-    seen = watched.look()
-    head, chart = _head(seen), _chart(watched, seen, width)
-    # A title, an empty line and a header each, and the line that the cursor needs.
-    left = height - sum(_rows(line, width) for line in head) - 6
-    parts: list[RenderableType] = [*head]
-    if left > len(chart):
-        parts += [Text(""), *chart]
-        left -= len(chart) + 1
-    layers = min(MOST_LAYERS, max(left - left // 2, 0))
-    if layers and seen.worst:
-        parts += [Text(""), _layers(seen, width, layers)]
-    findings = left - min(layers, len(seen.worst))
-    if findings > 0:
-        parts += [Text(""), *_findings(seen, min(findings, MOST_FINDINGS))]
-    return Group(*parts)
+    parts = _parts(watched, watched.look(), width)
+    shown: dict[str, list[Text]] = {name: [] for name in parts}
+    left = height
+    for name, size in WISHES:
+        if name not in parts:
+            continue
+        rows = parts[name](size)
+        more = len(rows) - len(shown[name])
+        if more <= left:
+            left -= more
+            shown[name] = rows
+    return Group(*(row for rows in shown.values() for row in rows))
 
 
-def _rows(line: Text, width: int) -> int:
-    """Lines that it takes, a long word at the end of one included."""
-    return max(1, -(-(line.cell_len + WORD) // width) if line.cell_len > width else 1)
-
-
-def _head(seen: Seen) -> list[Text]:
+def _parts(watched: Watched, seen: Seen, width: int) -> dict[str, Part]:
+    """From the top of the screen to its end."""
     stands = seen.stands
-    known, verdict = stands.known, stands.verdict
-    name = printable(stands.info.run)
-    lines = [
-        Text(f"{name}, rank {stands.info.rank}: {stands.state}{_reached(seen)}"),
-        Text(f"{MARKS[verdict.health]}  {printable(verdict.headline, 400)}",
-             style=STYLES[verdict.health]),
-    ]  # fmt: skip
-    lines += [Text(f"{label:<9} {printable(text, 400)}") for label, text in verdict.lines]
-    latest = stands.latest
-    if latest is not None:
-        lines.append(
-            Text(
-                f"clipped {stands.clipped:.0%} of the last {RECENT} steps   skipped "
-                f"{seen.skipped}   {known.step_seconds:.3g} s a step"
-            )
-        )
-    return lines
+    verdict = stands.verdict
+    headline = Text(
+        f"{MARKS[verdict.health]}  {printable(verdict.headline, 400)}",
+        style=STYLES[verdict.health],
+    )
+    norms = watched.grid(seen.first, seen.last + 1)
+    return {
+        "title": lambda _: [_row(_title(seen, width))],
+        "headline": lambda size: _wrapped(headline, width, size),
+        **{
+            label: partial(_labelled, label, printable(text, 400), width)
+            for label, text in verdict.lines
+        },
+        "figures": lambda _: _figures(seen),
+        "above chart": lambda _: [] if norms is None else [Text("")],
+        "chart": lambda size: [] if norms is None else _chart(norms, seen, width, size),
+        "above layers": lambda _: [Text("")] if seen.worst else [],
+        "layers": lambda size: _layers(seen, width, size),
+        "above findings": lambda _: [Text("")],
+        "findings": lambda size: _findings(seen, size),
+        "events": lambda _: _events(seen),
+    }
+
+
+def _row(text: str, style: str = "") -> Text:
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _wrapped(text: Text, width: int, most: int) -> list[Text]:
+    """At words, and cut with an ellipsis where that takes more than `most` rows."""
+    rows = list(text.wrap(Console(width=width), max(width, 1)))
+    if len(rows) > most:
+        rows = rows[:most]
+        rows[-1].truncate(width - 2)
+        rows[-1].append(" …")
+    for row in rows:
+        row.rstrip()
+        row.no_wrap = True
+    return rows
+
+
+def _labelled(label: str, text: str, width: int, most: int) -> list[Text]:
+    rows = _wrapped(Text(text), width - MARGIN, most)
+    return [
+        _row(f"{label if place == 0 else '':<{MARGIN}}").append_text(row)
+        for place, row in enumerate(rows)
+    ]
+
+
+def _title(seen: Seen, width: int) -> str:
+    info = seen.stands.info
+    after = f", rank {info.rank}: {seen.stands.state}{_reached(seen)}"
+    return f"{printable(info.run, max(LEAST_NAME, width - len(after)))}{after}"
 
 
 def _reached(seen: Seen) -> str:
@@ -146,58 +201,88 @@ def _reached(seen: Seen) -> str:
     return f", step {known.step:,}, {ago} ago"
 
 
-def _chart(watched: Watched, seen: Seen, width: int) -> list[Text]:
-    grid = watched.grid(seen.first, seen.last + 1)
-    if grid is None:
+def _figures(seen: Seen) -> list[Text]:
+    stands = seen.stands
+    if stands.latest is None:
         return []
-    norms = grid.numbers["total_norm"].tolist()
-    room = max(LEAST_COLUMNS, width - MARGIN)
-    values = columns(norms, len(norms), min(room, len(norms)))
-    limits = span(values)
-    rows = log_chart(values, CHART_HEIGHT)
-    labels = [""] * CHART_HEIGHT
-    if limits is not None:
-        labels[0], labels[-1] = f"{limits[1]:.3g}", f"{limits[0]:.3g}"
-    title = f"total norm before clipping, steps {seen.first:,} to {seen.last:,}, logarithmic"
     return [
-        Text(title, style="dim"),
+        _row(
+            f"clipped {stands.clipped:.0%} of the last {RECENT} steps   skipped {seen.skipped}   "
+            f"{stands.known.step_seconds:.3g} s a step"
+        )
+    ]
+
+
+def _chart(grid: Grid, seen: Seen, width: int, size: int) -> list[Text]:
+    """A sparkline in one row; in more, a heading and a chart."""
+    norms = grid.numbers["total_norm"].tolist()
+    limits = span(norms)
+    least, largest = (f"{limit:.3g}" for limit in limits) if limits else ("", "")
+    if size == 1:
+        label = f"norm, log {least:>{MARGIN - 2}} "
+        values = columns(norms, len(norms), _room(width - len(label) - len(largest) - 1, norms))
+        return [_row(f"{label}{log_chart(values, 1)[0]} {largest}")]
+    values = columns(norms, len(norms), _room(width - MARGIN, norms))
+    labels = [largest, *[""] * (size - 3), least]
+    return [
+        _row(
+            f"total norm before clipping, steps {seen.first:,} to {seen.last:,}, logarithmic", "dim"
+        ),
         *(
-            Text(f"{label:>{MARGIN - 2}} {row}", no_wrap=True, overflow="crop")
-            for label, row in zip(labels, rows, strict=True)
+            _row(f"{label:>{MARGIN - 2}} {row}")
+            for label, row in zip(labels, log_chart(values, size - 1), strict=True)
         ),
     ]
 
 
-def _layers(seen: Seen, width: int, most: int) -> RenderableType:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+def _room(width: int, norms: Sequence[float]) -> int:
+    return max(1, min(width, len(norms)))
+
+
+def _layers(seen: Seen, width: int, most: int) -> list[Text]:
+    """A heading and a row for each layer; the end of a long name, which tells more."""
+    if not seen.worst:
+        return []
     healthy = seen.stands.verdict.health == "healthy"
-    title = "layers, beside their usual norm" if healthy else "furthest from their usual norm"
-    table.add_column(title, no_wrap=True, max_width=max(24, width - 40))
-    for name in ("norm", "usual", "times"):
-        table.add_column(name, justify="right", no_wrap=True)
     layers = seen.stands.info.layout.layers
-    for place, norm, usual in seen.worst[:most]:
+    cells = [("norm", "usual", "times")]
+    for _, norm, usual in seen.worst[:most]:
         times = norm / usual if usual else math.nan
-        table.add_row(
-            Text(printable(layers[place], 80)), f"{norm:.4g}", f"{usual:.4g}", f"{times:.3g}"
-        )
-    return table
+        cells.append((f"{norm:.4g}", f"{usual:.4g}", f"{times:.3g}"))
+    columns_of = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    names = [one_line(layers[place]) for place, _, _ in seen.worst[:most]]
+    room = max(LEAST_NAME, width - sum(columns_of) - GAP * len(columns_of))
+    titles = HEADINGS_HEALTHY if healthy else HEADINGS
+    title = next((one for one in titles if len(one) <= room), titles[-1])
+    widest = min(room, max(len(title), *map(len, names)))
+    rows: list[Text] = []
+    for name, row in zip([title, *names], cells, strict=True):
+        shown = name if len(name) <= widest else f"…{name[1 - widest :]}"
+        numbers = (f"{'':{GAP}}{cell:>{n}}" for cell, n in zip(row, columns_of, strict=True))
+        rows.append(_row(f"{shown:<{widest}}{''.join(numbers)}", "" if rows else "dim"))
+    return rows
 
 
 def _findings(seen: Seen, most: int) -> list[Text]:
+    """A heading and a row for each finding; where there is none, one row that says so."""
     known = seen.stands.known
-    events = listed(known.anomalies, known.cards, 1).said_of_events
-    findings = listed(known.anomalies, known.cards, max(1, most - bool(events)))
+    findings = listed(known.anomalies, known.cards, most)
     if not findings.all:
-        return [Text(f"no finding{events and '; '}{events}", style="dim")]
-    lines = [Text(f"findings, {ORDER}", style="dim", no_wrap=True, overflow="ellipsis")]
-    for place, one in enumerate(findings.all):
-        if findings.left_out and place == len(findings.first):
-            lines[0].append(f"; {findings.left_out} behind the first left out")
-        line = f"step {one.step:<8} {one.level:<8} {one.kind}: {printable(one.message, 400)}"
-        lines.append(
-            Text(line, style=LEVEL_STYLES.get(one.level, ""), no_wrap=True, overflow="ellipsis")
-        )
-    if events and most > 1:
-        lines.append(Text(events, style="dim", no_wrap=True, overflow="ellipsis"))
-    return lines
+        events = findings.said_of_events
+        return [_row(f"no finding{events and '; '}{events}", "dim")]
+    left_out = f"; {findings.left_out} behind the first left out" if findings.left_out else ""
+    rows = [_row(f"findings, {ORDER}{left_out}", "dim")]
+    widest = max(len(str(one.step)) for one in findings.all)
+    for one in findings.all:
+        where = f" in {printable(one.layer)}" if one.layer else ""
+        line = f"step {one.step:<{widest}}  {one.level:<7}  {one.kind}{where}: "
+        rows.append(_row(line + printable(one.message, 400), LEVEL_STYLES.get(one.level, "")))
+    return rows
+
+
+def _events(seen: Seen) -> list[Text]:
+    """What is no finding, below those that are."""
+    known = seen.stands.known
+    findings = listed(known.anomalies, known.cards, 1)
+    is_below = findings.all and findings.events
+    return [_row(findings.said_of_events, "dim")] if is_below else []

@@ -156,11 +156,14 @@ def _verdict(loss: LossStory) -> str:
 def further(findings: Findings, setting: Setting) -> list[str]:
     """The recording, and what to type next, as it can be pasted into a shell here."""
     recording = str(setting.recording)
+    folder = str(setting.recording.parent)
     code = (
         f"import gradwatch; print(*gradwatch.open_recording({recording!r}).anomalies(), sep='\\n')"
     )
     return [
         f"{recording}  {findings.num_steps} steps, every norm and every decision",
+        f"{_program()} top {shlex.quote(recording)}",
+        f"{_program()} serve {shlex.quote(folder)}",
         f"{_program()} report {shlex.quote(recording)}",
         f"{_program()} export {shlex.quote(recording)} --format csv -o steps.csv",
         f"{_python()} -c {_quoted(code)}",

@@ -21,7 +21,7 @@ def unused_port() -> int:
         return port
 
 
-NEXT = ("report", "export", "-c")
+NEXT = ("top", "serve", "report", "export", "-c")
 """What tells a command that the end screen names."""
 
 

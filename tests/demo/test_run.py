@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 import subprocess
+from urllib.request import urlopen
 
 import pytest
 
@@ -88,14 +90,32 @@ def test_the_recording_that_it_names_has_every_step(demo, fault):
 
 def test_the_commands_that_it_names_work_as_they_are_pasted(demo):
     run = demo(*arguments("lr"))
-    assert len(run.commands) == 3
+    assert len(run.commands) == 5
     for command in run.commands:
+        if " serve " in command:
+            continue  # goes on until it is told to stop: the next test
         done = subprocess.run(
             command, shell=True, cwd=run.folder, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert "exploding" in done.stdout
     assert len((run.folder / "steps.csv").read_text().splitlines()) == STEPS + 1
+
+
+def test_the_page_that_it_names_has_the_run(demo):
+    run = demo(*arguments("lr"))
+    (command,) = [command for command in run.commands if " serve " in command]
+    with subprocess.Popen(
+        f"exec {command} --port 0", shell=True, cwd=run.folder, stdout=subprocess.PIPE, text=True
+    ) as served:
+        try:
+            said = [served.stdout.readline(), served.stdout.readline()]
+            assert said[1].startswith("the page is at http://127.0.0.1:")
+            with urlopen(said[1].split()[-1], timeout=60) as page:
+                assert "demo-digits" in page.read().decode()
+        finally:
+            served.send_signal(signal.SIGINT)
+            assert served.wait(60) == 0
 
 
 def test_a_policy_without_the_detector_is_a_demo_that_failed(demo, tmp_path):

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import re
+import signal
 import subprocess
 import sys
+import termios
+from contextlib import suppress
+from itertools import pairwise
 
 import pytest
 from rich.console import Console
@@ -23,6 +30,17 @@ def lines_of(run, width: int = 100, height: int = 40) -> list[str]:
 def exploding(record):
     run = record("one", layers=20)
     run.steps(400, spikes=dict.fromkeys(range(380, 400), 300.0))
+    run.pipeline.close("finished")
+    return run
+
+
+LABELS = ["to do", "done", "began", "worst", "now"]
+
+
+def two_explosions(record, lasting: bool):
+    run = record("two", layers=20)
+    bad = [*range(200, 230), *range(900, 930)]
+    run.steps(930 if lasting else 1400, spikes=dict.fromkeys(bad, 300.0))
     run.pipeline.close("finished")
     return run
 
@@ -50,11 +68,61 @@ def test_a_spike_of_one_step_is_in_the_chart_of_a_long_run(record):
     assert top.count("█") + top.count("▇") == 1
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 20), (200, 60)])
-def test_it_fits_into_the_terminal(exploding, width, height):
-    lines = lines_of(exploding, width, height)
-    assert max(map(len, lines)) <= width
-    assert len(lines) < height
+@pytest.mark.parametrize("lasting", [True, False], ids=["open", "over"])
+@pytest.mark.parametrize("size", [(80, 24), (80, 30), (120, 24), (60, 20), (40, 15), (200, 60)])
+def test_verdict_layers_findings_and_norm_fit_into_the_terminal(record, size, lasting):
+    run = two_explosions(record, lasting)
+    lines = lines_of(run, *size)
+    assert max(map(len, lines)) <= size[0]
+    assert len(lines) <= size[1]
+    assert f"step {run.count - 1:,}" in lines[0]
+    assert lines[1].startswith("!!" if lasting else ("OK", "!"))
+    assert "step" in " ".join(lines[1:3])
+    assert len([line for line in lines if re.match(r"block\.\d+ ", line)]) >= 3
+    assert len([line for line in lines if re.match(r"step \d+ +alert +exploding in", line)]) >= 2
+    assert any("norm" in line and "log" in line for line in lines)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (80, 30), (120, 24), (60, 20), (40, 15), (20, 4)])
+def test_no_heading_is_without_rows_and_no_two_lines_are_empty(exploding, size):
+    lines = lines_of(exploding, *size)
+    assert len(lines) <= size[1]
+    assert all(lines[0:1])
+    assert all(lines[-1:])
+    assert not any(one == other == "" for one, other in pairwise(lines))
+    for line, behind in pairwise([*lines, ""]):
+        if line.startswith(("furthest", "findings,", "total norm before")):
+            assert behind
+
+
+def test_what_does_not_fit_is_left_out_from_the_least_important_on(exploding):
+    had = [len(lines_of(exploding, 80, height)) for height in range(1, 40)]
+    assert had == sorted(had)
+    assert lines_of(exploding, 80, 2)[1].startswith("!!  Not healthy since step 380 (")
+    assert [label for label in LABELS if label in labels(exploding, 16)] == ["to do"]
+    assert labels(exploding, 60) == LABELS
+
+
+def labels(run, height: int) -> list[str]:
+    lines = lines_of(run, 80, height)
+    return [label for label in LABELS if any(line.startswith(f"{label:<10}") for line in lines)]
+
+
+def test_a_healthy_run_has_layers_and_says_that_nothing_was_found(record):
+    run = record("well", layers=6)
+    run.steps(200)
+    run.pipeline.close("finished")
+    lines = lines_of(run, 80, 24)
+    assert lines[1].startswith("OK  Healthy")
+    assert len([line for line in lines if line.startswith("block.")]) >= 5
+    assert "no finding" in lines
+
+
+def test_of_a_long_name_of_a_layer_the_end_is_shown(record):
+    run = record("deep", layers=[f"model.{'x' * 60}.h.{i}.attn.c_proj.weight" for i in range(4)])
+    run.steps(200)
+    lines = lines_of(run, 60, 24)
+    assert len([line for line in lines if re.match(r"….*\.h\.\d\.attn\.c_proj ", line)]) == 4
 
 
 def test_hostile_names_cannot_act_on_the_terminal(record):
@@ -73,6 +141,33 @@ def test_a_pipe_gets_it_once_and_without_colour(exploding):
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert "Not healthy" in done.stdout
     assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("colour", [{}, {"NO_COLOR": "1"}], ids=["colour", "none"])
+def test_a_terminal_of_24_lines_has_layers_and_findings_until_it_is_interrupted(exploding, colour):
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gradwatch", "top", str(exploding.path)],
+        stdin=follower, stdout=follower, stderr=follower,
+        env={**os.environ, "TERM": "xterm-256color", **colour},
+    )  # fmt: skip
+    os.close(follower)
+    written, asked = b"", False
+    with suppress(OSError):  # that of a terminal without a process
+        while more := os.read(leader, 65536):
+            written += more
+            if b"exploding in block.10: " in written and not asked:
+                asked = True
+                process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    os.close(leader)
+    text = written.decode()
+    frame = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).splitlines()[:24]
+    assert any(line.startswith("!!  Not healthy") for line in frame)
+    assert len([line for line in frame if line.startswith("block.")]) >= 3
+    assert any(re.match(r"step \d+ +alert +exploding in block.10: ", line) for line in frame)
+    assert bool(re.search(r"\x1b\[[0-9;]*3[1-7]m", text)) == (not colour)
 
 
 def test_a_run_without_steps_has_a_screen(record):
