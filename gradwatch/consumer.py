@@ -365,8 +365,9 @@ class Consumer:
         self._tally.set_recording_bytes(self._store.bytes)
 
     def _announce(self, anomaly: Anomaly) -> None:
-        then = "warn" if anomaly.kind == POLICY else self._then(anomaly.kind)
-        quiet = anomaly.level == "event" or then == "record"
+        by_hand = anomaly.kind == POLICY  # who has written the file is to see what came of it
+        then = "warn" if by_hand else self._then(anomaly.kind)
+        quiet = then == "record" or (anomaly.level == "event" and not by_hand)
         level = logging.INFO if quiet else logging.WARNING
         say(level, "step %d: %s", anomaly.step, anomaly.message)
         if then == "stop" and (stop := self.stop_run()) is not None:
