@@ -218,7 +218,9 @@ class Follower:
             self.tally.set_active({})
             return
         if self._detection is None:
-            self._detection = Detection(self.info.layout, policy.detect)
+            self._detection = Detection(
+                self.info.layout, policy.detect, is_shadow=self.info.is_shadow
+            )
         else:
             self._detection = self._detection.reconfigured(policy.detect)
         info = replace(self.info, policy=text, policy_sha256=policy.sha256)

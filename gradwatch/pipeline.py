@@ -59,7 +59,7 @@ class Pipeline:
         self.ring, store = self._opened(directory)
         self.consumer = Consumer(
             self.ring,
-            detection=Detection(info.layout, policy.detect),
+            detection=Detection(info.layout, policy.detect, is_shadow=info.is_shadow),
             detect=policy.detect,
             tally=self.tally,
             store=store,

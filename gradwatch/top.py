@@ -128,9 +128,10 @@ def _head(seen: Seen) -> list[Text]:
     lines += [Text(f"{label:<9} {printable(text, 400)}") for label, text in verdict.lines]
     latest = stands.latest
     if latest is not None:
+        mode = "mode shadow: " if stands.info.is_shadow else ""
         lines.append(
             Text(
-                f"clipped {stands.clipped:.0%} of the last {RECENT} steps   skipped "
+                f"{mode}clipped {stands.clipped:.0%} of the last {RECENT} steps   skipped "
                 f"{seen.skipped}   {known.step_seconds:.3g} s a step"
             )
         )

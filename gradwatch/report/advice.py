@@ -71,7 +71,7 @@ def to_do(card: Card, after: Aftermath | None = None) -> str:
 
 
 def _after_a_nonfinite_step(card: Card, after: Aftermath | None) -> str:
-    if not card.skipped:
+    if not card.was_dropped:
         return (
             "where the loss is not finite, go back to {checkpoint}; set detect.culprit: replay in "
             "the policy file to be told where it began the next time"
