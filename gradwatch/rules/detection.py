@@ -24,6 +24,7 @@ from gradwatch.rules.detect_nonfinite import Nonfinite
 from gradwatch.rules.detect_outliers import Outliers
 from gradwatch.rules.detect_reading import Detector, read
 from gradwatch.rules.detect_regime import Change, Regime
+from gradwatch.rules.detect_sampled import SAMPLED
 from gradwatch.rules.detect_vanishing import Vanishing
 
 __all__ = ["KINDS", "Detection"]
@@ -78,6 +79,17 @@ class Detection:
         for detector in self._detectors.values():
             found += detector.observe(reading)
         return tuple(found)
+
+    def observe_samples(self, record: StepRecord) -> tuple[Anomaly, ...]:
+        """Takes in what was sampled in a record that was observed before its sample had come.
+
+        The state and the anomalies are then as if it had been there at once.
+        """
+        reading = read(
+            self._layout, record, stale=False, odd=False, open_alerts={}, changes=self._changes
+        )
+        sampled = (self._detectors[kind] for kind in SAMPLED if kind in self._detectors)
+        return tuple(found for detector in sampled for found in detector.observe(reading))
 
     def announce(self, reason: str, *, rescales: bool = False) -> None:
         """Something changes by intention with the next record, such as a resume.
