@@ -60,7 +60,9 @@ def attach(
             the run goes on is read again: its numbers may change, and hold from a step on.
         run: the label of this run in metrics and recordings; by default script and start time.
         host: where metrics are served, by default 127.0.0.1; `0.0.0.0` for containers.
-        port: of the metrics; the next free one is taken where it is in use. None serves nothing.
+        port: of the metrics; where torchrun or SLURM starts several processes on a machine, that of
+            the first, and `port + LOCAL_RANK` of the others. The next free one is taken, with a
+            warning, where it is in use. None serves nothing.
         recording: the directory that recordings go to; None records nothing.
         discovery: a directory that Prometheus reads targets from (file_sd); None writes no file.
         linger: how many seconds an ending run waits, at most, for one last scrape; by default 20,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import threading
 import time
 from collections import deque
@@ -33,7 +32,7 @@ from gradwatch.saying import say
 from gradwatch.tally import Tally
 from gradwatch.urgency import Urgency
 
-__all__ = ["Consumer", "Reporter"]
+__all__ = ["Consumer"]
 
 Found = TypeVar("Found")
 
@@ -48,29 +47,6 @@ URGENT_WAKE_SECONDS = 0.002
 
 KEPT = 256
 """Finished records that stay at hand for `watch.history`."""
-
-
-class Reporter:
-    """Counts the errors of gradwatch itself and logs each kind once."""
-
-    def __init__(self, tally: Tally) -> None:
-        self._tally = tally
-        self._logged: set[tuple[str, str]] = set()
-
-    def __call__(self, component: str) -> None:
-        """Called where an exception is handled; its traceback is logged the first time."""
-        self._tally.hook_error(component)
-        error = sys.exc_info()[1]
-        kind = (component, type(error).__name__)
-        if kind in self._logged:
-            return
-        self._logged.add(kind)
-        say(
-            logging.ERROR,
-            "gradwatch failed to do its %s (%s: %s); training goes on, and further failures of "
-            "this kind are counted in gradwatch_hook_errors_total only",
-            component, type(error).__name__, error, exc_info=error,
-        )  # fmt: skip
 
 
 class Consumer:
@@ -233,19 +209,15 @@ class Consumer:
         if records:
             self._early = None  # closed since, or overwritten
         if early is not None and records and _same(records[0], early):
-            closed = self._completed(records[0])
-            records[0] = replace(
-                closed, anomalies=early.anomalies, culprit=early.culprit or closed.culprit,
-                samples=early.samples or closed.samples,
-                local_norm=closed.local_norm if math.isnan(early.local_norm) else early.local_norm,
-            )  # fmt: skip
-            self._guarded("export", self._tally.amend, records[0])
+            records[0], late = self._amended(early, records[0])
+            past = list(self._finished)[:-1]
             self._finished[-1] = records[0]
             new = [self._handled(record) for record in records[1:]]
             records[1:] = new
+            told = [replace(records[0], anomalies=late), *new]
         else:
-            records = new = [self._handled(record) for record in records]
-        past = list(self._finished)
+            records = new = told = [self._handled(record) for record in records]
+            past = list(self._finished)
         self._finished.extend(new)
         if records:
             self._guarded("recording", self._stored, records)
@@ -253,14 +225,14 @@ class Consumer:
         elif (overdue := self._overdue()) is not None:
             self._early = self._handled(overdue)
             self._finished.append(self._early)
-            new = [self._early]
-        self._guarded("recording", self._write_cards, past, new)
+            new = told = [self._early]
+        self._guarded("recording", self._write_cards, past, told)
         active = self.open_anomalies()
         self.urgency.learn(new, is_calm=not active)
         self._guarded("export", self._tally.set_active, active)
         dropped = self._ring.dropped + self.unstored
         self._guarded("export", self._tally.set_records_dropped, dropped)
-        for record in new:
+        for record in told:
             for anomaly in record.anomalies:
                 self._announce(anomaly)
         if not new and (stuck := self._silence.look(time.monotonic())) is not None:
@@ -319,6 +291,29 @@ class Consumer:
         self._guarded("export", self._tally.add, record)
         return record
 
+    def _amended(
+        self, early: StepRecord, closed: StepRecord
+    ) -> tuple[StepRecord, tuple[Anomaly, ...]]:
+        """The record of a step that was handled while it was open, and what is found only now."""
+        closed = self._completed(closed)
+        late: tuple[Anomaly, ...] = ()
+        if closed.samples and not early.samples:
+            try:
+                late = self.detection.observe_samples(closed)
+            except Exception:
+                self._report("detection")
+        record = replace(
+            closed, anomalies=(*early.anomalies, *late), culprit=early.culprit or closed.culprit,
+            samples=early.samples or closed.samples,
+            local_norm=closed.local_norm if math.isnan(early.local_norm) else early.local_norm,
+        )  # fmt: skip
+        if self.open_anomalies():
+            self.unhealthy = record.step
+        self._guarded("export", self._tally.amend, record)
+        for anomaly in late:
+            self._guarded("export", self._tally.note, anomaly)
+        return record, late
+
     def _completed(self, record: StepRecord) -> StepRecord:
         """With what was found out about its step by now."""
         sampled, culprit = _of(record, self.samples), _of(record, self.culprits)
@@ -365,8 +360,9 @@ class Consumer:
         self._tally.set_recording_bytes(self._store.bytes)
 
     def _announce(self, anomaly: Anomaly) -> None:
-        then = "warn" if anomaly.kind == POLICY else self._then(anomaly.kind)
-        quiet = anomaly.level == "event" or then == "record"
+        by_hand = anomaly.kind == POLICY  # who has written the file is to see what came of it
+        then = "warn" if by_hand else self._then(anomaly.kind)
+        quiet = then == "record" or (anomaly.level == "event" and not by_hand)
         level = logging.INFO if quiet else logging.WARNING
         say(level, "step %d: %s", anomaly.step, anomaly.message)
         if then == "stop" and (stop := self.stop_run()) is not None:

@@ -36,7 +36,7 @@ def described(watch: _Described) -> str:
         layers,
         f"step {recent[-1].step}",
         f"total_norm {recent[-1].total_norm:.3g}",
-        f"clipped {clipped} of last {len(recent)}",
+        f"{'mode shadow: ' if watch.info.is_shadow else ''}clipped {clipped} of last {len(recent)}",
     ]
     if skipped:
         parts.append(f"skipped {skipped}")

@@ -146,6 +146,9 @@ class Follower:
                 self._judge(record)
             self._count(record)
             return
+        if record.samples:  # the ring has none
+            self._judge(record, samples_only=True)
+            self._note_active(record.step)
         found = {(anomaly.kind, anomaly.level) for anomaly in self._early.pop(key)}
         for anomaly in record.anomalies:
             if (anomaly.kind, anomaly.level) not in found:
@@ -186,19 +189,22 @@ class Follower:
     def _count(self, record: StepRecord) -> None:
         self.tally.add(record)
         self._handled.append(_key(record))
+        self._note_active(record.step)
+
+    def _note_active(self, step: int) -> None:
         if self._detection is not None:
             active = self._detection.active()
             if active != self._active:
-                self.calm_since = None if active else record.step
-                self.open_since = {k: self.open_since.get(k, record.step) for k in active}
+                self.calm_since = None if active else step
+                self.open_since = {k: self.open_since.get(k, step) for k in active}
                 self._active = active
                 self.tally.set_active(active)
 
-    def _judge(self, record: StepRecord) -> tuple[Anomaly, ...]:
-        if self._detection is None:
+    def _judge(self, record: StepRecord, *, samples_only: bool = False) -> tuple[Anomaly, ...]:
+        if (detection := self._detection) is None:
             return ()
         try:
-            return self._detection.observe(record)
+            return detection.observe_samples(record) if samples_only else detection.observe(record)
         except Exception as error:  # as in the run itself, where this is counted and survived
             self.unjudged = f"detection failed at step {record.step}: {error}"
             return ()
@@ -218,7 +224,9 @@ class Follower:
             self.tally.set_active({})
             return
         if self._detection is None:
-            self._detection = Detection(self.info.layout, policy.detect)
+            self._detection = Detection(
+                self.info.layout, policy.detect, is_shadow=self.info.is_shadow
+            )
         else:
             self._detection = self._detection.reconfigured(policy.detect)
         info = replace(self.info, policy=text, policy_sha256=policy.sha256)

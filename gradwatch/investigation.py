@@ -115,7 +115,8 @@ class Investigation:
             if not records or records[-1].step != self._step:
                 return  # the row could not be written
             record = replace(records[-1], culprit=found)
-            card = card_of(self._info, finding_of(record, "alert"), [*records[:-1], record], found)
+            finding = finding_of(record, "alert", self._info.is_shadow)
+            card = card_of(self._info, finding, [*records[:-1], record], found)
             self._recorder.investigated(record.step, found, card)
         except Exception:
             self._on_error("recording")

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from gradwatch.consumer import Consumer, Reporter
+from gradwatch.consumer import Consumer
 from gradwatch.errors import TrainingStopped
+from gradwatch.failures import Reporter
 from gradwatch.policy import Policy, PolicyFile
 from gradwatch.recorder import Recorder
 from gradwatch.recording.ring import Ring
@@ -59,7 +60,7 @@ class Pipeline:
         self.ring, store = self._opened(directory)
         self.consumer = Consumer(
             self.ring,
-            detection=Detection(info.layout, policy.detect),
+            detection=Detection(info.layout, policy.detect, is_shadow=info.is_shadow),
             detect=policy.detect,
             tally=self.tally,
             store=store,

@@ -235,6 +235,11 @@ class RunInfo:
     """Which boot and pid namespace `pid` is a number of; empty where that is not known."""
 
     @property
+    def is_shadow(self) -> bool:
+        """Whether decisions are recorded that are not applied."""
+        return self.mode == "shadow"
+
+    @property
     def reasons(self) -> tuple[str, ...]:
         """Every reason for which a step may be skipped."""
         return ("nonfinite", "overflow", *self.rules)
@@ -281,7 +286,8 @@ class StepRecord:
     """Whether any multiplier was below 1."""
 
     skipped: str | None = None
-    """Why the step was dropped (`nonfinite`, `overflow` by a loss scaler, or a rule's name)."""
+    """Why the step was dropped (`nonfinite`, `overflow` by a loss scaler, or a rule's name); in
+    shadow mode, why it would have been, but for an `overflow`, which is the scaler's."""
 
     tensor_norms_P: Float32s
     tensor_coefs_P: Float32s

@@ -84,4 +84,5 @@ class Reloading:
             self._report("apply")
             return
         self._in_force = policy
-        self._tell(Change(f"the policy has changed: {', '.join(numbers)}", policy, step))
+        said = f"the policy has changed from this step on: {', '.join(numbers)}"
+        self._tell(Change(said, policy, step))

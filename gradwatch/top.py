@@ -205,10 +205,11 @@ def _figures(seen: Seen) -> list[Text]:
     stands = seen.stands
     if stands.latest is None:
         return []
+    mode = "mode shadow: " if stands.info.is_shadow else ""
     return [
         _row(
-            f"clipped {stands.clipped:.0%} of the last {RECENT} steps   skipped {seen.skipped}   "
-            f"{stands.known.step_seconds:.3g} s a step"
+            f"{mode}clipped {stands.clipped:.0%} of the last {RECENT} steps   "
+            f"skipped {seen.skipped}   {stands.known.step_seconds:.3g} s a step"
         )
     ]
 

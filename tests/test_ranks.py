@@ -29,6 +29,7 @@ RANKS = {
     "recorder": 5,
     "reloading": 5,
     "samples": 5,
+    "failures": 5,
     "consumer": 5,
     "pipeline": 5,
     "progress": 5,

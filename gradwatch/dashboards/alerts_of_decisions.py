@@ -171,7 +171,8 @@ def _skipping(thresholds: Thresholds) -> Alert:
             f"Steps dropped in the last {words(thresholds.window_seconds)}: "
             f"{{{{ $value | printf `%.0f` }}}}, {share} of all. "
             "First see the reason (dashboard gradwatch / clipping): a loss scaler that "
-            "overflows, or a rule of the policy. The data of these steps is lost to the model."
+            "overflows, or a rule of the policy. The data of these steps is lost to the model, but "
+            "for those that a policy with mode: shadow would have dropped."
         ),
         dashboard="gradwatch-clipping",
     )

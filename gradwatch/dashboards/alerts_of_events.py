@@ -79,7 +79,8 @@ def _nonfinite(thresholds: Thresholds) -> Alert:
         expr=happened(events, thresholds.event_seconds),
         summary="Gradients of run {{ $labels.run }} hold NaN or Inf.",
         description=(
-            f"Steps skipped in the last {words(thresholds.event_seconds)}: {skipped}. "
+            f"Steps skipped in the last {words(thresholds.event_seconds)}: {skipped} "
+            "(with mode: shadow they were taken all the same). "
             "First look at the loss: if it is NaN too, the weights are lost, stop the run and go "
             "back to a checkpoint; if it is finite, look at the loss scale and at the batch."
         ),

@@ -151,7 +151,8 @@ def skipped() -> Json:
     return timeseries(
         "Steps skipped, by reason",
         "Steps whose gradients were dropped, and why. Skipped steps shrink the data the model "
-        "sees: above a few percent, treat the reason rather than the symptom.",
+        "sees: above a few percent, treat the reason rather than the symptom. In shadow mode, "
+        "those that the policy would have dropped.",
         target(
             "max by (run, reason) (increase(gradwatch_skipped_steps_total[$__rate_interval]))",
             "{{run}} {{reason}}",

@@ -6,22 +6,33 @@ import errno
 import ipaddress
 import logging
 import socket
+from collections.abc import Mapping
 
-__all__ = ["PORTS_TRIED", "is_loopback", "listen_near", "listening", "reachable"]
+__all__ = ["PORTS_TRIED", "is_loopback", "listen_near", "listening", "local_rank", "reachable"]
 
 logger = logging.getLogger("gradwatch")
 
 PORTS_TRIED = 16
 BACKLOG = 64
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
+"""Set by torchrun, and by SLURM; the first one holds where SLURM has started torchrun."""
 
 
-def listen_near(host: str, port: int) -> socket.socket | None:
-    """Listens on `port`, or on the first free one of the 15 above it.
+def local_rank(environment: Mapping[str, str]) -> int:
+    """Which process of its machine this one is, from 0; 0 where nobody says."""
+    said = (environment.get(name, "") for name in LOCAL_RANKS)
+    return next((int(one) for one in said if one.isdecimal()), 0)
 
-    One warning where that is another port, or where there is none; 0 takes any free port.
+
+def listen_near(host: str, first: int, offset: int = 0) -> socket.socket | None:
+    """Listens on `first + offset`, or on the next free one of the 16 from `first` on.
+
+    One warning where that is another port, or where there is none; a `first` of 0 takes any free
+    port.
     """
-    last = min(port + PORTS_TRIED - 1, 65535) if port else 0
-    for candidate in range(port, last + 1):
+    port = first + offset if first else 0
+    last = min(first + max(offset, PORTS_TRIED - 1), 65535) if first else 0
+    for candidate in (*range(port, last + 1), *range(first, port)):
         try:
             listener = listening(host, candidate)
         except (OSError, OverflowError, UnicodeError) as error:
@@ -37,7 +48,7 @@ def listen_near(host: str, port: int) -> socket.socket | None:
         return listener
     logger.warning(
         "metrics are not served: the ports %d to %d of %s are all taken; choose one with port=",
-        port, last, host,
+        first, last, host,
     )  # fmt: skip
     return None
 

@@ -31,6 +31,7 @@ class Endpoint:
         *,
         host: str = "127.0.0.1",
         port: int = 9464,
+        offset: int = 0,
         health: Callable[[], Mapping[str, object]] = dict,
         title: str = "gradwatch",
         page: Callable[[], str] = str,
@@ -42,7 +43,8 @@ class Endpoint:
         Args:
             render: the Accept header to content type and body of /metrics.
             host: the address that is listened on; `0.0.0.0` or `::` for all of them.
-            port: the first one to be tried, of 16; 0 for any free one.
+            port: the first of 16; 0 for any free one.
+            offset: which of them is tried first, from 0.
             health: what /healthz tells beside `status: ok`.
             title: of the page.
             page: HTML that the page shows beside its links.
@@ -65,7 +67,7 @@ class Endpoint:
         self._pid = os.getpid()
         self._scrapes = Scrapes()
         self._server: Server | None = None
-        listener = listen_near(host, port) if listener is None else listener
+        listener = listen_near(host, port, offset) if listener is None else listener
         if listener is None:
             return
         address, self.port = listener.getsockname()[:2]

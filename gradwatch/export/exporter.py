@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prometheus_client.exposition import choose_encoder
 
+from gradwatch.export.addresses import local_rank
 from gradwatch.export.discovery import Discovery, scheduler_labels
 from gradwatch.export.endpoint import Endpoint
 from gradwatch.export.renderer import OPENMETRICS, TEXT, Renderer
@@ -41,7 +42,8 @@ class Exporter:
 
         Args:
             host: the address that is listened on; `0.0.0.0` or `::` for all of them.
-            port: the first one to be tried, of 16; 0 for any free one.
+            port: of the first process of this machine, and the first of 16; the next process has
+                the next one. 0 for any free one.
             directory: of target files that Prometheus reads (file_sd).
             max_layers: how many layers have series of their own.
         """
@@ -54,6 +56,7 @@ class Exporter:
             self._render,
             host=host,
             port=port,
+            offset=local_rank(os.environ),
             health=self._health,
             title=tally.info.run,
             on_error=lambda error: tally.hook_error("export"),

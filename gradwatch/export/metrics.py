@@ -86,7 +86,7 @@ _SPECS = (
     MetricSpec(
         "skipped_steps_total",
         "counter",
-        "Steps dropped, by reason.",
+        "Steps dropped, by reason; in shadow mode, those that a policy would have dropped, too.",
         ("reason",),
         needs="a policy or a loss scaler",
     ),
@@ -205,7 +205,7 @@ _END_SPECS = (
     MetricSpec(
         "end_skipped_steps",
         "gauge",
-        "Steps of the run that were dropped.",
+        "Steps of the run that were dropped; in shadow mode, would have been.",
         ("reason",),
         needs=PUSHED,
     ),

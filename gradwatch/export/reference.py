@@ -16,7 +16,7 @@ _HEAD = """\
 
 <!-- written by python -m gradwatch.export.reference -->
 
-What `/metrics` has, of a run itself (port 9464 and the next free ones) and of a node agent
+What `/metrics` has, of a run itself (port 9464 + `LOCAL_RANK`) and of a node agent
 (`gradwatch serve`). Names are API: they change with an entry in the changelog. All have the
 labels `run` and `rank`, but those of a node agent about itself. A counter is there from the
 start, at 0. Series with `layer` come from rank 0, for at most 512 layers;

@@ -193,7 +193,8 @@ def clip_figure(sources: Mapping[str, ColumnDataSource], steps: Range1d) -> Draw
         "clip",
         "Clipping",
         "Norm after clipping over norm before: 1 is untouched. Each column shows its least "
-        "multiplier, and how many of its steps were clipped and skipped.",
+        "multiplier, and how many of its steps were clipped and skipped; in shadow mode, would "
+        "have been.",
         plot,
     )
 

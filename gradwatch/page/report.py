@@ -104,14 +104,14 @@ def _markdown(watched: Watched, seen: Seen) -> Iterator[str]:
     for label, text in stands.verdict.lines:
         yield f"- **{label}**: {_text(text)}"
     yield ""
-    yield "| run | rank | state | step | total norm | loss | clipped, last 50 | skipped |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield "| run | rank | state | step | total norm | loss | clipped, last 50 | skipped | mode |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     latest = stands.latest
     cells = [
         _code(info.run), str(info.rank), stands.state, number(known.step),
         number(latest.total_norm if latest else None),
         number(latest.scalars.get("loss") if latest else None),
-        share(stands.clipped), str(seen.skipped),
+        share(stands.clipped), str(seen.skipped), _code(info.mode),
     ]  # fmt: skip
     yield f"| {' | '.join(cells)} |"
     yield ""

@@ -93,7 +93,8 @@ class Policy(Section):
         BeforeValidator(_mode),
         WithJsonSchema({"enum": ["enforce", "shadow"]}),
     ] = "enforce"
-    """`enforce` acts; `shadow` measures and reports what it would do, and touches nothing."""
+    """`enforce` acts; `shadow` measures and reports what it would do, and touches nothing: what is
+    recorded as clipped or skipped would have been."""
 
     layers: Annotated[
         Annotated[Literal["parameter", "module"], Tag("<word>")] | Annotated[Depth, Tag("<depth>")],

@@ -72,7 +72,7 @@ class Card:
     culprit: Culprit | None = None
 
     skipped: str | None = None
-    """Why the step was dropped, or None where it was taken."""
+    """As `StepRecord.skipped`; see `was_dropped`."""
 
     clip_coef: float = 1.0
     fired: tuple[str, ...] = ()
@@ -92,6 +92,12 @@ class Card:
 
     environment: Mapping[str, str]
     """Run, rank, host, process, framework, device, model, policy."""
+
+    @property
+    def was_dropped(self) -> bool:
+        """Whether the step was not taken. What a policy in shadow mode would have skipped was."""
+        is_applied = self.environment.get("mode") == "enforce" or self.skipped == "overflow"
+        return self.skipped is not None and is_applied
 
     @property
     def loss(self) -> float:

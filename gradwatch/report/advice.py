@@ -82,7 +82,7 @@ def _bad_from(card: Card) -> int:
 
 
 def _after_a_nonfinite_step(card: Card, after: Aftermath | None) -> str:
-    if not card.skipped:
+    if not card.was_dropped:
         return (
             "where the loss is not finite, go back to {checkpoint}; set detect.culprit: replay in "
             "the policy file to be told where it began the next time"

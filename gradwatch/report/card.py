@@ -253,10 +253,11 @@ def _worst(card: Card, after: Aftermath) -> str:
 
 
 def _done(card: Card, after: Aftermath | None) -> str:
-    if card.environment.get("mode") != "enforce":
-        return f"nothing: no policy is enforced, and step {card.step} was taken as it was"
-    if card.skipped:
-        reason = printable(card.skipped)
+    reason = printable(card.skipped or "")
+    if not card.was_dropped and card.environment.get("mode") != "enforce":
+        would = f"; mode: enforce would have skipped it ({reason})" if reason else ""
+        return f"nothing: no policy is enforced, and step {card.step} was taken as it was{would}"
+    if card.was_dropped:
         which = f"step {card.step} was"
         if after is not None and card.kind == "nonfinite" and after.nonfinite_steps:
             few = after.num_skipped < after.num_nonfinite
@@ -267,11 +268,8 @@ def _done(card: Card, after: Aftermath | None) -> str:
     if after is not None and rise is not None and after.rise_taken:
         back = after.rate_back
         until = "" if back is None else f" to {back[0] - 1}"
-        which = (
-            f"steps {rise.step}{until} were"
-            if back is None or back[0] - 1 > rise.step
-            else f"step {rise.step} was"
-        )
+        is_one = back is not None and back[0] - 1 <= rise.step
+        which = f"step {rise.step} was" if is_one else f"steps {rise.step}{until} were"
         by += (
             f"; {which} taken at the raised learning rate, which a limit on the norm does not "
             "hold back"

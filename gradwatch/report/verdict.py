@@ -302,13 +302,14 @@ def _over(known: Known, alerts: Sequence[tuple[int, str]]) -> Verdict:
     which = "; see " if len(alerts) > 1 else ": "
     what = name_of(kind) if card is None else _told_shortly(known, card)
     at = f"at step {first}"
-    skipped = "; it was skipped" if card is not None and card.skipped else ""
+    skipped = "; it was skipped" if card is not None and card.was_dropped else ""
     if after is not None and kind == "nonfinite":
         at += " alone" if after.num_nonfinite == 1 else ""
         if after.nonfinite_steps:
             at = f"in {after.nonfinite_steps}"
             is_all = after.num_skipped == after.num_nonfinite
-            skipped = f"; {'all' if is_all else after.num_skipped} of them were skipped"
+            if skipped:
+                skipped = f"; {'all' if is_all else after.num_skipped} of them were skipped"
     before = math.nan if card is None else usual(card, card.series.get("loss", ()))
     loss = math.nan if after is None else after.loss_now
     is_up = loss > RISEN * before

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from gradwatch.records import Anomaly, Bools, Level, StepRecord
 from gradwatch.rules.detect_reading import LISTED, Reading
 from gradwatch.rules.episodes import Episodes
+from gradwatch.rules.guard import OVERFLOW
 
 __all__ = ["CLEAR_AFTER", "Nonfinite", "finding_of", "is_overflow"]
 
@@ -31,8 +32,9 @@ KINDS: dict[Level, str] = {"alert": KIND, "event": "overflow"}
 class Nonfinite:
     """Layers in layout order, and behind them the total norm as one more."""
 
-    def __init__(self, layers: tuple[str, ...], kinds: Collection[str]) -> None:
+    def __init__(self, layers: tuple[str, ...], kinds: Collection[str], is_shadow: bool) -> None:
         self._layers = layers
+        self._is_shadow = is_shadow
         self._episodes: dict[Level, Episodes] = {
             level: Episodes(len(layers) + 1, need=1, of=1, clear_after=CLEAR_AFTER)
             for level, kind in KINDS.items()
@@ -53,7 +55,7 @@ class Nonfinite:
             hit = hit_T if of_level == level else np.zeros_like(hit_T)
             begins = episodes.update(record.step, hit, ~hit_T, judged_T)
             if begins.size:
-                anomalies.append(finding_of(record, level))
+                anomalies.append(finding_of(record, level, self._is_shadow))
         return anomalies
 
     def begin_anew(self, *, rescales: bool) -> None:
@@ -82,8 +84,12 @@ class Nonfinite:
         return tuple(self._layers[i] for i in np.flatnonzero(hit_T[:-1]))
 
 
-def finding_of(record: StepRecord, level: Level) -> Anomaly:
-    """What is said of a step that is not finite."""
+def finding_of(record: StepRecord, level: Level, is_shadow: bool) -> Anomaly:
+    """What is said of a step that is not finite.
+
+    Args:
+        is_shadow: whether the policy's decisions are not applied.
+    """
     norms_L = record.layout.layer_norms(record.tensor_norms_P)
     layers = tuple(record.layers[i] for i in np.flatnonzero(~np.isfinite(norms_L)))
     culprit = record.culprit
@@ -100,7 +106,7 @@ def finding_of(record: StepRecord, level: Level) -> Anomaly:
         layer=layer,
         layers=layers[:LISTED],
         value=record.total_norm,
-        message=f"{kind}: {_what(layers, record)}{where}{_outcome(record)}",
+        message=f"{kind}: {_what(layers, record)}{where}{_outcome(record, is_shadow)}",
     )
 
 
@@ -130,8 +136,10 @@ def _what(layers: tuple[str, ...], record: StepRecord) -> str:
     return f"{some}, in order {', '.join(layers[:LISTED])}{', ...' if len(layers) > LISTED else ''}"
 
 
-def _outcome(record: StepRecord) -> str:
+def _outcome(record: StepRecord, is_shadow: bool) -> str:
     if record.skipped is None:
         return ""
     scale = f" at loss scale {record.loss_scale:g}" if math.isfinite(record.loss_scale) else ""
+    if is_shadow and record.skipped != OVERFLOW:
+        return f"; the step was taken{scale}, mode: enforce would have skipped it"
     return f"; the step was skipped{scale}"

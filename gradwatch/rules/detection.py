@@ -24,6 +24,7 @@ from gradwatch.rules.detect_nonfinite import Nonfinite
 from gradwatch.rules.detect_outliers import Outliers
 from gradwatch.rules.detect_reading import Detector, read
 from gradwatch.rules.detect_regime import Change, Regime
+from gradwatch.rules.detect_sampled import SAMPLED
 from gradwatch.rules.detect_vanishing import Vanishing
 
 __all__ = ["KINDS", "Detection"]
@@ -36,9 +37,16 @@ KEPT_CHANGES = 4
 class Detection:
     """The detectors of one run; holds their state, which is updated in place."""
 
-    def __init__(self, layout: Layout, config: Detect | None = None) -> None:
+    def __init__(
+        self, layout: Layout, config: Detect | None = None, *, is_shadow: bool = False
+    ) -> None:
+        """
+        Args:
+            is_shadow: whether a step that a record says is skipped was taken all the same.
+        """
         self._layout = self._known_layout = layout
-        self._detectors = _detectors(layout, config or Detect())
+        self._is_shadow = is_shadow
+        self._detectors = _detectors(layout, config or Detect(), is_shadow)
         self._regime = Regime()
         self._last_norms_P = np.full(len(layout.parameters), np.nan, dtype=np.float32)
         self._last_step = -1
@@ -71,6 +79,17 @@ class Detection:
         for detector in self._detectors.values():
             found += detector.observe(reading)
         return tuple(found)
+
+    def observe_samples(self, record: StepRecord) -> tuple[Anomaly, ...]:
+        """Takes in what was sampled in a record that was observed before its sample had come.
+
+        The state and the anomalies are then as if it had been there at once.
+        """
+        reading = read(
+            self._layout, record, stale=False, odd=False, open_alerts={}, changes=self._changes
+        )
+        sampled = (self._detectors[kind] for kind in SAMPLED if kind in self._detectors)
+        return tuple(found for detector in sampled for found in detector.observe(reading))
 
     def announce(self, reason: str, *, rescales: bool = False) -> None:
         """Something changes by intention with the next record, such as a resume.
@@ -125,7 +144,7 @@ class Detection:
     def reconfigured(self, config: Detect) -> Detection:
         """The same detection with other parameters: baselines and episodes go on, but for those
         that are kept in another shape now."""
-        new = Detection(self._layout, config)
+        new = Detection(self._layout, config, is_shadow=self._is_shadow)
         _copy_fitting(self._regime.arrays(), new._regime.arrays())
         np.copyto(new._last_norms_P, self._last_norms_P)
         for kinds, detector in new._detectors.items():
@@ -171,12 +190,12 @@ class Detection:
         return arrays
 
 
-def _detectors(layout: Layout, config: Detect) -> dict[str, Detector]:
+def _detectors(layout: Layout, config: Detect, is_shadow: bool) -> dict[str, Detector]:
     """By the kinds they know, joined with +; in the order that they see a record."""
     detectors: dict[str, Detector] = {}
     nonfinite = [kind for kind in ("nonfinite", "overflow") if config[kind] is not None]
     if nonfinite:
-        detectors["+".join(nonfinite)] = Nonfinite(layout.layers, nonfinite)
+        detectors["+".join(nonfinite)] = Nonfinite(layout.layers, nonfinite, is_shadow)
     for outliers in _of_one_band(config):
         watched = {kind: layers_of(found, layout) for kind, found in outliers.items()}
         detectors["+".join(outliers)] = Outliers(layout.layers, outliers, watched)

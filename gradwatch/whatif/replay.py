@@ -159,7 +159,7 @@ class _Run:
         self._policy = policy
         self._chain = Chain(policy, info.layout, NUMPY)
         self._evidence = Evidence(policy, info, ran)
-        self._detection = Detection(info.layout, policy.detect)
+        self._detection = Detection(info.layout, policy.detect, is_shadow=info.is_shadow)
         self._skips = SkipHistory()
         self._planned = 0
 

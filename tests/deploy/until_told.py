@@ -1,6 +1,6 @@
 """A data-parallel run, attached as a user would, that ends when the file STOP appears.
 
-torchrun ... until_told.py STOP
+torchrun ... until_told.py STOP [PORT]
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch.distributed as dist
 import gradwatch
 
 
-def main(stop: Path) -> None:
+def main(stop: Path, port: int = 9464) -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with gradwatch.attach(model, optimizer, recording=None):
+    with gradwatch.attach(model, optimizer, port=port, recording=None):
         ended = torch.zeros(1)
         while not ended:
             optimizer.zero_grad()
@@ -33,4 +33,4 @@ def main(stop: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 
 import pytest
 
@@ -31,6 +31,16 @@ def exporter(busy_tally) -> Iterator[Exporter]:
 
 def raw(port: int) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=10)
+
+
+def free_ports(count: int) -> int:
+    """The first of so many that nobody listens on."""
+    for first in range(20_000, 30_000, count):
+        with ExitStack() as held, suppress(OSError):
+            for port in range(first, first + count):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+    raise AssertionError(f"no {count} free ports in a row")
 
 
 def everything(client: socket.socket) -> bytes:
@@ -107,6 +117,42 @@ def test_a_taken_port_means_the_next_one_and_one_warning(busy_tally, caplog, get
         f"port {first.port} is taken, metrics are served on port {second.port} instead; "
         "choose one with port="
     ]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"LOCAL_RANK": "3"}, {"SLURM_LOCALID": "3"}, {"LOCAL_RANK": "3", "SLURM_LOCALID": "0"}],
+    ids=["torchrun", "SLURM", "torchrun under SLURM"],
+)
+def test_each_process_of_a_machine_has_its_own_port_without_a_warning(
+    busy_tally, caplog, monkeypatch, environment
+):
+    first = free_ports(4)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with closing(Exporter(busy_tally(), port=first)) as exporter:
+        assert exporter.port == first + 3
+    assert caplog.records == []
+
+
+def test_behind_its_own_port_a_process_tries_the_ports_of_its_machine(
+    busy_tally, caplog, monkeypatch
+):
+    first = free_ports(16)
+    monkeypatch.setenv("LOCAL_RANK", "15")
+    with closing(Exporter(busy_tally(), port=first)) as last:
+        assert last.port == first + 15
+        with closing(Exporter(busy_tally(), port=first)) as another:
+            assert another.port == first
+    (warning,) = caplog.messages
+    assert f"port {first + 15} is taken, metrics are served on port {first} instead" in warning
+
+
+def test_a_local_rank_that_is_no_number_is_none(busy_tally, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "")
+    first = free_ports(1)
+    with closing(Exporter(busy_tally(), port=first)) as exporter:
+        assert exporter.port == first
 
 
 @pytest.mark.parametrize("host", ["256.0.0.1", "203.0.113.7", "no such host"])

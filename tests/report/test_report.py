@@ -262,3 +262,30 @@ def test_many_steps_that_are_not_finite_are_told_as_many(tmp_path, capsys):
     assert "all of them were skipped" in words
     assert "so many are not one bad batch" in words
     assert "50 steps from 100 to 149 were skipped (nonfinite)" in words
+
+
+def test_in_shadow_mode_nothing_is_said_to_be_skipped_and_what_would_have_been_is(tmp_path, capsys):
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    policy = {"version": 1, "mode": "shadow"}
+    with gradwatch.attach(model, optimizer, policy, port=None, recording=tmp_path) as watch:
+        for step in range(60):
+            before = [p.detach().clone() for p in model.parameters()]
+            optimizer.zero_grad()
+            loss = model(torch.randn(8, 4)).square().mean() * (math.nan if step == 50 else 1)
+            watch.log(loss=loss)
+            loss.backward()
+            optimizer.step()
+            if step == 50:
+                assert not model.weight.isfinite().any()
+                assert watch.skipped is None
+                nn.utils.vector_to_parameters(
+                    nn.utils.parameters_to_vector(before), model.parameters()
+                )
+        watch.flush()
+        assert "mode shadow: clipped 0 of last 60, skipped 1" in repr(watch)
+    words = " ".join(" ".join(said(capsys, tmp_path)).split())
+    assert "step 50 was taken as it was; mode: enforce would have skipped it (nonfinite)" in words
+    assert "the step was taken, mode: enforce would have skipped it" in words
+    assert "was skipped" not in words
+    assert "nothing urgent" not in words

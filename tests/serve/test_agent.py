@@ -10,11 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gradwatch.export.metrics import AGENT_METRICS
 from gradwatch.export.renderer import OPENMETRICS, TEXT, Renderer
 from gradwatch.follower import Follower
+from gradwatch.recording.tail import Tail
+from gradwatch.records import SAMPLES
 from gradwatch.serve.agent import Agent
 
 NOT_COMPARED = {
@@ -216,8 +219,6 @@ class TestEnds:
 
 
 def test_a_step_that_hangs_open_is_shown_as_the_run_itself_shows_it_and_counted_once(record, runs):
-    from gradwatch.recording.tail import Tail
-
     run = record("hangs")
     run.steps(100)
     now = [0.0]
@@ -240,6 +241,30 @@ def test_a_step_that_hangs_open_is_shown_as_the_run_itself_shows_it_and_counted_
     assert shown.numbers["steps_total"] == live.numbers["steps_total"] == 102
     assert shown.labelled["events_total"] == live.labelled["events_total"]
     assert shown.histograms == live.histograms
+
+
+def test_what_was_sampled_in_steps_that_hung_open_is_judged_when_it_is_there(record, runs):
+    run = record("slow")
+    run.steps(20)
+    now = [0.0]
+    follower = Follower(Tail(run.pipeline.path), clock=lambda: now[0])
+    sample = {"update_norm": 5.0, "weight_norm": 1.0}
+    samples_SP = np.array([[sample.get(name, 0.0)] * 3 for name in SAMPLES], dtype=np.float32)
+    for _ in range(3):
+        with run.pipeline.consumer.paused():
+            run.pipeline.recorder.append(run._row(1.0))
+            follower.look(1000)
+            now[0] += 1.5
+            follower.look(1000)  # from the ring, which has no samples
+            run.pipeline.recorder.sampled(run.count, samples_SP)
+            run.count += 1
+        run.pipeline.flush()
+    follower.look(1000)
+    live, shown = run.pipeline.tally.snapshot(), follower.tally.snapshot()
+    assert shown.numbers["steps_total"] == 23
+    assert shown.labelled["anomaly_active"]["oversized_update",] == 1
+    assert shown.labelled["anomaly_active"] == live.labelled["anomaly_active"]
+    assert shown.labelled["events_total"] == live.labelled["events_total"]
 
 
 def test_what_no_record_tells_comes_from_the_run(record, runs, scraped):

@@ -120,6 +120,25 @@ def test_the_live_anomalies_are_those_of_a_replay_culprits_included(attach, tmp_
     assert repr(again) == repr(live)  # NaN is not equal to itself
 
 
+def test_in_shadow_mode_a_bad_step_is_said_to_be_taken_and_what_enforcing_would_have_done(
+    attach, tmp_path
+):
+    policy = {**POLICY, "mode": "shadow"}
+    trained(attach, tmp_path, bad=[50], policy=policy)
+    with gradwatch.open_recording(tmp_path) as recording:
+        (live,) = recording.anomalies()
+        card = recording.cards()[0]
+        info = recording.info
+        detection = Detection(info.layout, load_policy(policy).detect, is_shadow=info.is_shadow)
+        again = [
+            a for record in recording for a in detection.observe(replace(record, anomalies=()))
+        ]
+    assert live.message.endswith("; the step was taken, mode: enforce would have skipped it")
+    assert card.message == live.message
+    assert (card.skipped, card.was_dropped) == ("nonfinite", False)
+    assert repr(again) == repr([live])
+
+
 CRASHING = """
 import math, os, signal, sys, torch, gradwatch
 torch.manual_seed(0)

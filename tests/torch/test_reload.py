@@ -84,18 +84,20 @@ def test_a_limit_holds_from_the_next_step_on(run):
     assert [r.limits["global"] for r in run.watch.history(10)] == [1.0] * 5 + [0.5] * 5
 
 
-def test_it_is_an_event_of_its_first_step_in_log_metrics_and_recording(run, caplog):
+def test_it_is_an_event_of_its_first_step_in_metrics_and_recording_and_the_log_shows_it_by_default(
+    run, caplog
+):
     run.begins()
     run.steps(5)
     run.writes(("limit: 1.0", "limit: 0.5"), ("patience: 5", "patience: 7"))
-    with caplog.at_level(logging.INFO, logger="gradwatch"):
-        run.steps(3)
-        (event,) = run.events()
+    run.steps(3)
+    (event,) = run.events()
     assert (event.step, event.level) == (5, "event")
     assert event.message == (
-        "the policy has changed: guard.patience 5 -> 7, clip[0].limit 1.0 -> 0.5"
+        "the policy has changed from this step on: guard.patience 5 -> 7, clip[0].limit 1.0 -> 0.5"
     )
-    assert any(event.message in line for line in caplog.messages)
+    logged = [(one.levelno, one.getMessage()) for one in caplog.records]
+    assert logged == [(logging.WARNING, f"step 5: {event.message}")]
     after = load_policy(run.path)
     assert run.watch.info.policy_sha256 == after.sha256
     snapshot = run.watch.pipeline.tally.snapshot()

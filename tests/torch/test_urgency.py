@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import torch
 
 import gradwatch
 from gradwatch import consumer
+from gradwatch.policy import load_policy
 from gradwatch.records import Layout, Parameter, StepRecord
+from gradwatch.rules.detection import Detection
 from gradwatch.urgency import FACTOR, WARMUP, Urgency
 
 LAYOUT = Layout.of([Parameter(name="a.weight")])
@@ -138,3 +141,50 @@ def test_a_step_that_was_looked_at_early_is_in_history_and_card_once(tmp_path):
     with gradwatch.open_recording(tmp_path) as recording:
         (card,) = [card for card in recording.cards() if card.kind == "exploding"]
         assert list(card.steps) == list(range(card.step - 19, card.step + 1))
+
+
+class HeldBack(torch.optim.SGD):
+    """Whose update waits, in one step, until the record of that step was looked at."""
+
+    watch: gradwatch.Watch | None = None
+
+    def step(self, closure=None):
+        if self.watch is not None:
+            deadline = time.monotonic() + 30
+            while self.watch.pipeline.consumer._early is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            self.watch = None
+        return super().step(closure)
+
+
+def test_what_is_sampled_after_an_early_look_is_judged_live_as_in_a_replay(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer = HeldBack(model.parameters(), lr=1e-4)
+    policy = {"version": 1, "guard": {"nonfinite": "none"}, "detect": {
+        "every": 1, "oversized_update": {"ratio": 0.5, "need": 1, "of": 5}}}  # fmt: skip
+    told = []
+    with gradwatch.attach(model, optimizer, policy, port=None, recording=tmp_path) as watch:
+        watch.on_anomaly(told.append)
+        for step in range(42):
+            optimizer.zero_grad()
+            (model(torch.randn(8, 4)).square().mean() * (1e6 if step == 40 else 1)).backward()
+            if step == 40:
+                watch.flush()  # what is usual is known
+                optimizer.watch = watch
+            optimizer.step()
+        watch.flush()
+        counted = watch.pipeline.tally.snapshot().labelled["events_total"]
+        assert "oversized_update" in watch.pipeline.consumer.open_anomalies()
+    with gradwatch.open_recording(tmp_path) as recording:
+        detection = Detection(recording.info.layout, load_policy(policy).detect)
+        again = [a for one in recording for a in detection.observe(replace(one, anomalies=()))]
+        live = recording.anomalies()
+        cards = [(card.kind, card.step) for card in recording.cards()]
+        assert [record.step for record in recording] == list(range(42))
+    assert ("oversized_update", 40) in [(a.kind, a.step) for a in again]
+    assert sorted(map(repr, live)) == sorted(map(repr, again)) == sorted(map(repr, told))
+    assert counted["oversized_update", "alert"] == 1
+    assert cards.count(("oversized_update", 40)) == 1
+    assert len(cards) == len(set(cards))
