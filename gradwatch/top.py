@@ -25,6 +25,7 @@ from gradwatch.page.watched import Seen, Watched
 from gradwatch.recording.finding import FOLDER
 from gradwatch.recording.reader import open_recording
 from gradwatch.report.card import printable
+from gradwatch.report.choosing import chosen
 from gradwatch.report.findings import ORDER, listed
 from gradwatch.report.moments import duration
 from gradwatch.report.standing import RECENT
@@ -63,6 +64,7 @@ WISHES: Sequence[tuple[str, int]] = (
     *_up_to("layers", 3), *_up_to("findings", 2), ("chart", 1),
     *_up_to("headline", 8, 4), *_up_to("to do", 4), ("events", 1),
     ("above layers", 1), ("above findings", 1), ("above chart", 1), ("figures", 1),
+    ("which", 1),
     *_up_to("now", 2), *_up_to("chart", 5, 3), *_up_to("layers", 5, 4), *_up_to("findings", 5, 3),
     *_up_to("now", 6, 3), *_up_to("began", 6), *_up_to("done", 6), *_up_to("worst", 6),
     *_up_to("to do", 6, 5), *_up_to("layers", 10, 6), *_up_to("findings", 12, 6),
@@ -76,9 +78,12 @@ Part = Callable[[int], list[Text]]
 
 def top_command(
     recording: Annotated[
-        Path,
-        typer.Argument(help="A recording, or a directory of them: its newest."),
-    ] = Path(FOLDER),
+        Path | None,
+        typer.Argument(
+            help="A recording, or a directory whose newest run is meant.",
+            show_default=f"the newest run in {FOLDER}",
+        ),
+    ] = None,
     every: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, help="Between two looks.")
     ] = 1.0,
@@ -90,21 +95,27 @@ def top_command(
 
     Works over ssh, and without colour (NO_COLOR, TERM=dumb). Ctrl-C ends it.
     """
-    with open_recording(recording) as opened:
+    path, which = chosen(recording)
+    with open_recording(path) as opened:
         watched = Watched(opened.path)
     console = Console(highlight=False)
     if once or not console.is_terminal or console.is_dumb_terminal:
-        console.print(screen(watched, console.width, _height(console)))
+        console.print(screen(watched, console.width, _height(console), which))
         return
     with stoppable() as stop, Live(console=console, screen=True, auto_refresh=False) as live:
-        _follow(watched, console, live, every, stop)
+        _follow(watched, which, console, live, every, stop)
 
 
 def _follow(
-    watched: Watched, console: Console, live: Live, every: float, stop: Callable[[], bool]
+    watched: Watched,
+    which: str,
+    console: Console,
+    live: Live,
+    every: float,
+    stop: Callable[[], bool],
 ) -> None:
     while not stop():
-        live.update(screen(watched, console.width, console.height), refresh=True)
+        live.update(screen(watched, console.width, console.height, which), refresh=True)
         until = time.monotonic() + every
         while not stop() and time.monotonic() < until:
             time.sleep(min(DOZE_SECONDS, every))
@@ -115,13 +126,17 @@ def _height(console: Console) -> int:
     return console.height - 1 if console.is_terminal else 60
 
 
-def screen(watched: Watched, width: int, height: int) -> Group:
+def screen(watched: Watched, width: int, height: int, which: str = "") -> Group:
     """One picture of a run, at most `height` lines of at most `width` columns.
+
+    Args:
+        which: of several runs it is.
 
     Raises:
         RecordingError: the recording cannot be read.
     """
     parts = _parts(watched, watched.look(), width)
+    parts["which"] = lambda _: [_row(which)] if which else []
     shown: dict[str, list[Text]] = {name: [] for name in parts}
     left = height
     for name, size in WISHES:

@@ -98,9 +98,9 @@ def report_command(
 
 
 def _chosen(recording: Path | None) -> Path:
-    path, how = chosen(recording)
-    if how:
-        print(how, file=sys.stderr)
+    path, which = chosen(recording)
+    if which:
+        print(f"{path}: {which}", file=sys.stderr)
     return path
 
 

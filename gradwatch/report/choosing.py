@@ -16,7 +16,7 @@ __all__ = ["chosen", "runs_in"]
 
 
 def chosen(named: Path | None) -> tuple[Path, str]:
-    """The recording, and how it was come by; empty where it was named itself.
+    """The recording, and which one it is there; empty where it was named itself.
 
     Args:
         named: a recording, or a directory whose newest run is meant; None for that of FOLDER.
@@ -29,7 +29,7 @@ def chosen(named: Path | None) -> tuple[Path, str]:
     folder = Path(FOLDER) if named is None else named
     runs = runs_in(folder)
     which = "the only run" if len(runs) == 1 else f"the newest of {len(runs)} runs"
-    return runs[0], f"{runs[0]}: {which} in {folder}"
+    return runs[0], f"{which} in {folder}"
 
 
 def runs_in(folder: Path) -> list[Path]:

@@ -84,9 +84,13 @@ def test_without_a_directory_of_recordings_it_says_where_one_would_be(
     assert "A run makes gradwatch-runs/ in the directory that it is started in" in said
 
 
-def test_the_terminal_takes_the_same_directory(record, capsys):
-    record("one")
+def test_the_terminal_shows_the_same_run_and_says_so(record, capsys):
+    record("older")
+    record("one", started=BEGAN + 60)
+    record("one", rank=1, started=BEGAN + 61)
     with pytest.raises(SystemExit) as ended:
         app(["top", "--once"])
     assert not ended.value.code
-    assert capsys.readouterr().out.startswith("one, rank 0: ")
+    shown = capsys.readouterr().out
+    assert shown.startswith("one, rank 0: ")
+    assert "the newest of 2 runs in gradwatch-runs" in shown
