@@ -38,7 +38,7 @@ OTHERWISE = {
     "dead": "look at what changed at step {first}; units that no input wakes any more do not come "
     "back: go back to {checkpoint}",
     "clipped_elsewhere": "take clip_grad_norm_, or the clipping of the trainer, out and put its "
-    "limit into the policy: until then every norm here is of what it has left",
+    "limit into the policy: until then every norm here is of what it leaves",
     "loss_scale_collapse": "look for what is not finite at any scale: see the card before this one",
 }
 

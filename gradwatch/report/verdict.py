@@ -30,6 +30,9 @@ SILENT_SECONDS, SILENT_STEPS = 60.0, 20.0
 NAMED = 3
 """Layers that are named."""
 
+BLINDING = "clipped_elsewhere"
+"""The kind of warning that calls every norm in question, and so what is not found in them."""
+
 JUST_BEFORE = 50
 """Steps between an alert and an end that it is named with."""
 
@@ -122,13 +125,24 @@ def verdict(known: Known, now: float | None = None) -> Verdict:
         return _over(known, alerts)
     warnings = [one for one in known.anomalies if one.level == "warning"]
     if warnings:
-        last = warnings[-1]
+        last = next((one for one in warnings if one.kind == BLINDING), warnings[-1])
+        card = _card_at(known, last.step, last.kind)
+        if last.kind == BLINDING:
+            first = last.step if card is None else first_step(card)
+            headline = (
+                f"No alert up to step {known.step:,}, but an explosion would not show: since step "
+                f"{first} something clips the gradient before it is measured"
+            )
+        else:
+            headline = (
+                f"Healthy up to step {known.step:,}, with {_count(len(warnings), 'warning')}; "
+                f"the last: {name_of(last.kind)}{_in(last.layer)} at step {last.step}"
+            )
         return Verdict(
-            health="healthy",
-            headline=f"Healthy up to step {known.step:,}, with {_count(len(warnings), 'warning')}; "
-            f"the last: {name_of(last.kind)}{_in(last.layer)} at step {last.step}",
-            lines=_lines(known, _card_at(known, last.step, last.kind)),
-            card=_card_at(known, last.step, last.kind),
+            health="warning" if last.kind == BLINDING else "healthy",
+            headline=headline,
+            lines=_lines(known, card),
+            card=card,
         )
     return Verdict(
         health="healthy",

@@ -282,6 +282,17 @@ def test_of_what_began_in_the_same_step_the_finding_that_says_where_is_told():
     assert found.headline.endswith("collapsed in 7 parameters; also loss spike")
 
 
+def test_a_gradient_that_is_clipped_before_it_is_measured_is_not_called_healthy():
+    warnings = [anomaly(8, "clipped_elsewhere", "warning"), anomaly(90, "diverging", "warning")]
+    found = verdict(known(anomalies=warnings, cards=[card(8, "clipped_elsewhere")]), NOW)
+    assert (found.health, found.headline) == (
+        "warning",
+        "No alert up to step 500, but an explosion would not show: since step 8 something clips "
+        "the gradient before it is measured",
+    )
+    assert dict(found.lines)["to do"].startswith("take clip_grad_norm_")
+
+
 def test_alerts_of_which_nobody_knows_whether_they_are_open_count_as_open():
     assert verdict(known(anomalies=[anomaly(300)], open=None), NOW).health == "alert"
 
