@@ -32,11 +32,16 @@ def train(
             "--port", str(free_port()), "--recording", str(tmp_path / "runs"),
             "--discovery", str(monitoring.targets),
         ]  # fmt: skip
-        with running(command, tmp_path / "demo.log") as demo:
+        log = tmp_path / "demo.log"
+        with running(command, log) as demo:
             up = 'up{job="gradwatch"} == 1'
-            wait_for("the first scrape", 60, lambda: monitoring.value(up))
+            # A process that starts beside others on two cores imports torch for half a minute.
+            wait_for(
+                "the first scrape", 150, lambda: demo.poll() is not None or monitoring.value(up)
+            )
+            assert demo.poll() is None, log.read_text()
             demo.wait(180)
-        said = (tmp_path / "demo.log").read_text()
+        said = log.read_text()
         assert demo.returncode == 0, said
         return gradwatch.open_recording(tmp_path / "runs"), said
 
