@@ -229,9 +229,10 @@ class Course:
         )
 
     def _layers_now(self, newest: Sequence[StepRecord]) -> dict[str, float]:
-        if len(newest) < FEWEST or not len(self._medians_L):
+        medians_L = _medians([one.grad_norms for one in newest])
+        if not len(medians_L) or not len(self._medians_L):
             return {}
-        times_L = self._times(_medians([one.grad_norms for one in newest]))
+        times_L = self._times(medians_L)
         return {
             layer: float(times)
             for layer, times in zip(self._layout.layers, times_L, strict=False)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
+import gradwatch
 from gradwatch.cli import app
 from gradwatch.page.picture import SIZE
 from gradwatch.page.report import html_report, markdown_report
@@ -216,3 +219,21 @@ def test_nothing_of_the_page_is_imported_before_it_is_needed():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
     assert importlib.util.find_spec("bokeh")
+
+
+@pytest.mark.parametrize("mode", [None, "shadow", "enforce"])
+def test_a_run_that_stays_nonfinite_to_its_end_has_every_form_of_a_report(mode, tmp_path, capsys):
+    policy = None if mode is None else {"version": 1, "mode": mode, "clip": [{"limit": 1.0}]}
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with gradwatch.attach(model, optimizer, policy, port=None, recording=tmp_path) as watch:
+        for step in range(80):
+            optimizer.zero_grad()
+            inputs = torch.randn(8, 4) * (math.nan if step >= 40 else 1.0)
+            model(inputs).square().mean().backward()
+            optimizer.step()
+    since = "Not healthy since step 40 "
+    assert since in said(capsys, "report", watch.recording)
+    assert since in said(capsys, "top", "--once", watch.recording)
+    assert since in html_report(watch.recording)
+    assert since in markdown_report(watch.recording)

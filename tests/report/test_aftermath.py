@@ -93,3 +93,10 @@ def test_of_a_long_run_the_steps_that_were_not_looked_at_are_not_told_of():
 
 def test_layers_that_a_forward_pass_changes_statistics_of_are_known():
     assert after({}).batch_norms == ("b",)
+
+
+def test_of_a_run_that_stays_nonfinite_no_layer_is_told_of_at_its_end():
+    nan = math.nan
+    told = after({step: record(step, nan, nan, nan) for step in range(200, 260)})
+    assert (told.layers_now, told.still_up) == ({}, [])
+    assert told.num_nonfinite == 60
