@@ -247,11 +247,11 @@ class Stuck(Detector):
 class ClippedElsewhere(Detector):
     """A gradient that was cut to length before gradwatch measured it."""
 
-    steps: Span = 8
+    steps: Span = 4
     """Steps among the last `window` whose norm is the largest one, digit by digit, while the
     layers differ."""
 
-    window: Span = 64
+    window: Span = 256
     """The number of last steps that are looked at."""
 
 

@@ -10,7 +10,7 @@ from gradwatch.records import Origin
 from gradwatch.report.aftermath import Aftermath
 from gradwatch.report.course import RISEN, SAME, first_step, rise_before, usual
 
-__all__ = ["to_do"]
+__all__ = ["OTHERWISE", "to_do"]
 
 SAMPLED = Detect().every
 """Steps for which what only a sample shows may have been there before it."""

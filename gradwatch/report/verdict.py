@@ -7,11 +7,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gradwatch.recording.cards import Card
 from gradwatch.records import Anomaly, StepRecord
+from gradwatch.report.advice import OTHERWISE
 from gradwatch.report.aftermath import FAR, NEAR, Aftermath
 from gradwatch.report.card import printable, told, what_came_before, widest
 from gradwatch.report.course import RISEN, first_step, num_hit, usual
@@ -95,7 +96,18 @@ def verdict(known: Known, now: float | None = None) -> Verdict:
     Args:
         now: in Unix time.
     """
-    now = time.time() if now is None else now
+    said = _verdict(known, time.time() if now is None else now)
+    blind = next((one for one in known.anomalies if one.kind == BLINDING), None)
+    if blind is None or (said.card is not None and said.card.kind == BLINDING):
+        return said
+    first = f"first {OTHERWISE[BLINDING]} (found at step {blind.step})"
+    lines = [
+        (label, f"{first}; then {text}" if label == "to do" else text) for label, text in said.lines
+    ]
+    return replace(said, lines=lines)
+
+
+def _verdict(known: Known, now: float) -> Verdict:
     alerts = _alerts(known)
     if known.step is None:
         return Verdict(health="unknown", headline=f"No step yet; the run is {known.state}")

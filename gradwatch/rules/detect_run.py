@@ -167,7 +167,8 @@ class ClippedElsewhere(_Plain):
     def said(self, subject: int, value: float, expected: float) -> str:
         return (
             f"the total norm is {self._said} in {self._steps} steps and never more, while the "
-            "layers differ from step to step: something clips the gradient before it is measured,"
+            "layers differ: something clips the gradient before gradwatch measures it (take "
+            "clip_grad_norm_, or the trainer's clipping, out of the loop),"
         )
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:

@@ -293,6 +293,15 @@ def test_a_gradient_that_is_clipped_before_it_is_measured_is_not_called_healthy(
     assert dict(found.lines)["to do"].startswith("take clip_grad_norm_")
 
 
+def test_beside_an_alert_the_clip_before_the_measurement_is_what_to_do_first():
+    both = [anomaly(8, "clipped_elsewhere", "warning"), anomaly(90, "exploding")]
+    found = verdict(known(anomalies=both, cards=[card(90)], open={"exploding": ()}), NOW)
+    assert found.headline.startswith("Not healthy since step 90 ")
+    to_do = dict(found.lines)["to do"]
+    assert to_do.startswith("first take clip_grad_norm_, ")
+    assert "(found at step 8); then " in to_do
+
+
 def test_alerts_of_which_nobody_knows_whether_they_are_open_count_as_open():
     assert verdict(known(anomalies=[anomaly(300)], open=None), NOW).health == "alert"
 

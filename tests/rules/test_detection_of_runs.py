@@ -265,18 +265,18 @@ class TestClippedElsewhere:
     ):
         a_run = run(3, config=only("clipped_elsewhere"))
         (found,) = a_run.play(self.clipped(200 * limit * healthy(300, 3), limit))
-        assert (found.kind, found.level, found.step) == ("clipped_elsewhere", "warning", 8)
+        assert (found.kind, found.level, found.step) == ("clipped_elsewhere", "warning", 4)
         assert found.value == pytest.approx(limit, rel=1e-3)
         assert found.message == (
-            f"clipped_elsewhere: the total norm is {found.value:.6g} in 8 steps and never more, "
-            "while the layers differ from step to step: something clips the gradient before it is "
-            "measured, since step 1"
+            f"clipped_elsewhere: the total norm is {found.value:.6g} in 4 steps and never more, "
+            "while the layers differ: something clips the gradient before gradwatch measures it "
+            "(take clip_grad_norm_, or the trainer's clipping, out of the loop), since step 1"
         )
 
-    def test_one_step_in_five_at_the_limit_is_enough(self, run, healthy):
+    def test_one_step_in_fifty_at_the_limit_is_enough(self, run, healthy):
         a_run = run(3, config=only("clipped_elsewhere"))
-        norms = healthy(300, 3)
-        limit = np.quantile(np.linalg.norm(norms, axis=1), 0.8)
+        norms = healthy(1000, 3)
+        limit = np.quantile(np.linalg.norm(norms, axis=1), 0.98)
         assert len(a_run.play(self.clipped(norms, limit))) == 1
 
     @pytest.mark.parametrize("seed", range(3))
@@ -302,7 +302,7 @@ class TestClippedElsewhere:
         a_run = run(3, config=only("clipped_elsewhere"))
         assert len(a_run.play(self.clipped(10 * healthy(100, 3)))) == 1
         assert a_run.play(10 * healthy(100, 3)) == []
-        assert len(a_run.play(self.clipped(10 * healthy(100, 3)))) == 1
+        assert len(a_run.play(self.clipped(10 * healthy(400, 3)))) == 1
 
     def test_a_limit_that_was_raised_is_told_again(self, run, healthy):
         a_run = run(3, config=only("clipped_elsewhere"))
@@ -321,12 +321,12 @@ class TestClippedElsewhere:
         norms = self.clipped(scale * healthy(20, 3)) / scale
         (found,) = a_run.play(norms, loss_scale=scale)
         assert (
-            "the total norm is 1.52588e-05 (1 before scaler.unscale_) in 8 steps" in found.message
+            "the total norm is 1.52588e-05 (1 before scaler.unscale_) in 4 steps" in found.message
         )
         (other,) = run(3, config=only("clipped_elsewhere")).play(
             self.clipped(10 * healthy(20, 3)), loss_scale=scale
         )
-        assert "the total norm is 1 in 8 steps" in other.message
+        assert "the total norm is 1 in 4 steps" in other.message
 
 
 class TestClipSaturated:
