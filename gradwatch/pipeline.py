@@ -186,7 +186,8 @@ def state_after(error: BaseException | None) -> str:
     """How a run has ended that an exception, or none, has ended."""
     if error is None:
         return "finished"
-    return "stopped" if isinstance(error, TrainingStopped) else "crashed"
+    by_will = isinstance(error, (TrainingStopped, KeyboardInterrupt))
+    return "stopped" if by_will else "crashed"
 
 
 def close_at_exit(pipeline: Pipeline) -> None:

@@ -12,8 +12,13 @@ _logger = logging.getLogger("gradwatch")
 
 
 def say(level: int, message: str, *args: object, exc_info: Any = None) -> None:
-    """Logs; a handler that raises is not a reason to end a training run."""
+    """Logs; a handler that raises is not a reason to end a training run.
+
+    Where nobody has set up logging, Python prints the bare message: it says itself then who speaks.
+    """
     with contextlib.suppress(Exception):
+        if not _logger.hasHandlers():
+            message = f"gradwatch {logging.getLevelName(level).lower()}: {message}"
         _logger.log(level, message, *args, exc_info=exc_info)
 
 

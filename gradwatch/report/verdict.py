@@ -118,11 +118,18 @@ def _verdict(known: Known, now: float) -> Verdict:
     ):
         return _not_healthy(known, alerts, now)
     if ended:
-        before = " No alert came before." if latest is None else ""
+        before = "no alert came before"
+        if latest is not None:
+            kinds = ", ".join(name_of(kind) for step, kind in alerts if step == latest)
+            before = f"{_count(len(alerts), 'alert')} before, the last at step {latest} ({kinds})"
+        how, to_do = "Crashed", "read the log of the run: what ended it is not in its gradients"
+        if known.state == "stopped":
+            how = "Stopped, by its policy or by hand,"
+            to_do = "nothing, where that was meant; else read the log of the run"
         return Verdict(
             health="warning",
-            headline=f"{known.state.capitalize()} at step {known.step}.{before}",
-            lines=[("to do", "read the log of the run: what ended it is not in its gradients")],
+            headline=f"{how} at step {known.step:,}; {before}",
+            lines=[("to do", to_do)],
         )
     silent = now - known.last_time
     usual = max(SILENT_SECONDS, SILENT_STEPS * (known.step_seconds or 0))

@@ -321,8 +321,24 @@ def test_a_card_that_was_written_before_a_crash_counts_without_its_anomaly():
 
 def test_a_crash_without_an_alert_sends_to_the_log():
     found = verdict(known(state="crashed"), NOW)
-    assert found.headline == "Crashed at step 500. No alert came before."
+    assert found.headline == "Crashed at step 500; no alert came before"
     assert "log" in dict(found.lines)["to do"]
+
+
+def test_a_crash_long_after_an_alert_is_told_with_it():
+    over = [anomaly(90), anomaly(93, "loss_spike"), anomaly(93)]
+    found = verdict(known(state="crashed", anomalies=over), NOW)
+    assert found.headline == (
+        "Crashed at step 500; 3 alerts before, the last at step 93 (exploding, loss spike)"
+    )
+
+
+def test_a_run_that_somebody_stopped_asks_for_nothing():
+    found = verdict(known(state="stopped"), NOW)
+    assert found.headline == (
+        "Stopped, by its policy or by hand, at step 500; no alert came before"
+    )
+    assert dict(found.lines)["to do"].startswith("nothing, where that was meant")
 
 
 def test_a_run_that_is_silent_for_long_is_no_healthy_one():
