@@ -80,7 +80,8 @@ def top_command(
     recording: Annotated[
         Path | None,
         typer.Argument(
-            help="A recording, or a directory whose newest run is meant.",
+            help="A recording, a directory whose newest run is meant, or the name of a run in "
+            f"{FOLDER}, of which the last start is meant.",
             show_default=f"the newest run in {FOLDER}",
         ),
     ] = None,
