@@ -8,6 +8,7 @@ Meaning is in words and shapes; colour only repeats it, and is left out where th
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +27,7 @@ from gradwatch.recording.finding import FOLDER
 from gradwatch.recording.reader import open_recording
 from gradwatch.report.card import printable
 from gradwatch.report.choosing import chosen
-from gradwatch.report.findings import ORDER, listed
+from gradwatch.report.findings import ORDER, listed, most_urgent
 from gradwatch.report.moments import duration
 from gradwatch.report.standing import RECENT
 from gradwatch.report.verdict import Health
@@ -283,14 +284,17 @@ def _layers(seen: Seen, width: int, most: int) -> list[Text]:
 def _findings(seen: Seen, most: int) -> list[Text]:
     """A heading and a row for each finding; where there is none, one row that says so."""
     known = seen.stands.known
-    findings = listed(known.anomalies, known.cards, most)
-    if not findings.all:
-        events = findings.said_of_events
+    every = listed(known.anomalies, known.cards, sys.maxsize)
+    if not every.all:
+        events = every.said_of_events
         return [_row(f"no finding{events and '; '}{events}", "dim")]
-    left_out = f"; {findings.left_out} behind the first left out" if findings.left_out else ""
-    rows = [_row(f"findings, {ORDER}{left_out}", "dim")]
-    widest = max(len(str(one.step)) for one in findings.all)
-    for one in findings.all:
+    findings = most_urgent(every.all, most)
+    more = len(every.all) - len(findings)
+    rows = [
+        _row(f"findings, {ORDER}{f'; {more} less urgent or older left out' * bool(more)}", "dim")
+    ]
+    widest = max(len(str(one.step)) for one in findings)
+    for one in findings:
         where = f" in {printable(one.layer)}" if one.layer else ""
         line = f"step {one.step:<{widest}}  {one.level:<7}  {one.kind}{where}: "
         rows.append(_row(line + printable(one.message, 400), LEVEL_STYLES.get(one.level, "")))

@@ -108,6 +108,27 @@ def labels(run, height: int) -> list[str]:
     return [label for label in LABELS if any(line.startswith(f"{label:<10}") for line in lines)]
 
 
+def findings_in(lines: list[str]) -> list[tuple[int, str, str]]:
+    found = (re.match(r"step (\d+) +(alert|warning) +(\w+)", line) for line in lines)
+    return [(int(one[1]), one[2], one[3]) for one in found if one]
+
+
+def test_of_findings_the_alerts_are_kept_and_of_them_the_latest_in_order_of_steps(record):
+    run = record("many", layers=20)
+    bad = [step for start in range(200, 1800, 300) for step in range(start, start + 30)]
+    run.steps(1900, spikes=dict.fromkeys(bad, 300.0))
+    run.pipeline.close("finished")
+    every = findings_in(lines_of(run, 120, 100))
+    alerts = [one for one in every if one[1] == "alert"]
+    assert len(alerts) >= 4
+    for height in (16, 20, 24):
+        lines = lines_of(run, 80, height)
+        kept = findings_in(lines)
+        assert kept == alerts[-len(kept) :]
+        left_out = f"; {len(every) - len(kept)} less urgent or older left out"
+        assert any(left_out in line for line in lines) == (len(kept) < len(every))
+
+
 def test_a_healthy_run_has_layers_and_says_that_nothing_was_found(record):
     run = record("well", layers=6)
     run.steps(200)
