@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -21,12 +22,13 @@ from rich.live import Live
 from rich.text import Text
 
 from gradwatch.chart import columns, log_chart, span
+from gradwatch.errors import RecordingError
 from gradwatch.page.grid import Grid
 from gradwatch.page.watched import Seen, Watched
 from gradwatch.recording.finding import FOLDER
-from gradwatch.recording.reader import open_recording
+from gradwatch.recording.runs import runs_in
 from gradwatch.report.card import printable
-from gradwatch.report.choosing import chosen
+from gradwatch.report.choosing import chosen, folder_of
 from gradwatch.report.findings import ORDER, listed, most_urgent
 from gradwatch.report.moments import duration
 from gradwatch.report.standing import RECENT
@@ -50,6 +52,7 @@ HEADINGS_HEALTHY = ("layers, beside their usual norm", "layer")
 
 MARGIN = 10
 LEAST_NAME = 12
+LONGEST_BEFORE = 30
 GAP = 2
 """Between columns."""
 
@@ -97,27 +100,52 @@ def top_command(
 
     Works over ssh, and without colour (NO_COLOR, TERM=dumb). Ctrl-C ends it.
     """
-    path, which = chosen(recording)
-    with open_recording(path) as opened:
-        watched = Watched(opened.path)
+    shown = Shown(recording)
     console = Console(highlight=False)
     if once or not console.is_terminal or console.is_dumb_terminal:
-        console.print(screen(watched, console.width, _height(console), which))
+        console.print(screen(shown.watched, console.width, _height(console), shown.which))
         return
     with stoppable() as stop, Live(console=console, screen=True, auto_refresh=False) as live:
-        _follow(watched, which, console, live, every, stop)
+        _follow(shown, console, live, every, stop)
+
+
+class Shown:
+    """The run on the screen; of a directory its newest, also when that starts later."""
+
+    def __init__(self, named: Path | None) -> None:
+        """
+        Raises:
+            RecordingError: there is none, or it cannot be read.
+        """
+        self._folder = folder_of(named)
+        self._known = self._there()
+        path, self.which = chosen(named)
+        self.watched = Watched(path)
+
+    def go_over(self) -> None:
+        """To a run that has started since, once its recording can be read."""
+        with suppress(RecordingError):
+            if self._folder is None or not self._there() - self._known:
+                return
+            path, which = chosen(self._folder)
+            if path in self._known or path == self.watched.path:
+                return
+            before = printable(self.watched.info.run, LONGEST_BEFORE)
+            self.watched = Watched(path)
+            self.which = f"went over from {before} to {which}"
+            self._known = self._there()
+
+    def _there(self) -> set[Path]:
+        return set() if self._folder is None else {run.path for run in runs_in(self._folder)}
 
 
 def _follow(
-    watched: Watched,
-    which: str,
-    console: Console,
-    live: Live,
-    every: float,
-    stop: Callable[[], bool],
+    shown: Shown, console: Console, live: Live, every: float, stop: Callable[[], bool]
 ) -> None:
     while not stop():
-        live.update(screen(watched, console.width, console.height, which), refresh=True)
+        shown.go_over()
+        picture = screen(shown.watched, console.width, console.height, shown.which)
+        live.update(picture, refresh=True)
         until = time.monotonic() + every
         while not stop() and time.monotonic() < until:
             time.sleep(min(DOZE_SECONDS, every))

@@ -31,7 +31,7 @@ def chosen(named: Path | None) -> tuple[Path, str]:
         which = "the only run" if len(runs) == 1 else f"the newest of {len(runs)} runs"
         return runs[0].path, f"{which} in {folder}"
     assert named is not None
-    return (named, "") if os.path.exists(named) else _of_name(str(named))
+    return (named, "") if os.path.isfile(named) else _of_name(str(named))
 
 
 def folder_of(named: Path | None) -> Path | None:
