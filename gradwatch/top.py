@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
 from gradwatch.chart import columns, log_chart, span
 from gradwatch.errors import RecordingError
+from gradwatch.keys import typed_keys
 from gradwatch.page.grid import Grid
 from gradwatch.page.watched import Seen, Watched
 from gradwatch.recording.finding import FOLDER
@@ -56,6 +58,7 @@ LONGEST_BEFORE = 30
 GAP = 2
 """Between columns."""
 
+QUIT = "q"
 DOZE_SECONDS = 0.1
 
 
@@ -68,7 +71,7 @@ WISHES: Sequence[tuple[str, int]] = (
     *_up_to("layers", 3), *_up_to("findings", 2), ("chart", 1),
     *_up_to("headline", 8, 4), *_up_to("to do", 4), ("events", 1),
     ("above layers", 1), ("above findings", 1), ("above chart", 1), ("figures", 1),
-    ("which", 1),
+    ("bottom", 1),
     *_up_to("now", 2), *_up_to("chart", 5, 3), *_up_to("layers", 5, 4), *_up_to("findings", 5, 3),
     *_up_to("now", 6, 3), *_up_to("began", 6), *_up_to("done", 6), *_up_to("worst", 6),
     *_up_to("to do", 6, 5), *_up_to("layers", 10, 6), *_up_to("findings", 12, 6),
@@ -98,15 +101,19 @@ def top_command(
 ) -> None:
     """Shows how a run stands, live in a terminal: verdict, norm, oddest layers, last findings.
 
-    Works over ssh, and without colour (NO_COLOR, TERM=dumb). Ctrl-C ends it.
+    Works over ssh, and without colour (NO_COLOR, TERM=dumb). q or Ctrl-C ends it.
     """
     shown = Shown(recording)
     console = Console(highlight=False)
     if once or not console.is_terminal or console.is_dumb_terminal:
         console.print(screen(shown.watched, console.width, _height(console), shown.which))
         return
-    with stoppable() as stop, Live(console=console, screen=True, auto_refresh=False) as live:
-        _follow(shown, console, live, every, stop)
+    with (
+        stoppable() as stop,
+        typed_keys() as typed,
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
+        _follow(shown, console, live, every, stop, typed)
 
 
 class Shown:
@@ -140,15 +147,24 @@ class Shown:
 
 
 def _follow(
-    shown: Shown, console: Console, live: Live, every: float, stop: Callable[[], bool]
+    shown: Shown,
+    console: Console,
+    live: Live,
+    every: float,
+    stop: Callable[[], bool],
+    typed: Callable[[float], str] | None,
 ) -> None:
+    ends = "" if typed is None else f"{QUIT} ends"
     while not stop():
         shown.go_over()
-        picture = screen(shown.watched, console.width, console.height, shown.which)
+        picture = screen(shown.watched, console.width, console.height, shown.which, ends)
         live.update(picture, refresh=True)
         until = time.monotonic() + every
         while not stop() and time.monotonic() < until:
-            time.sleep(min(DOZE_SECONDS, every))
+            if typed is None:
+                time.sleep(DOZE_SECONDS)
+            elif QUIT in typed(DOZE_SECONDS).lower():
+                return
 
 
 def _height(console: Console) -> int:
@@ -156,17 +172,18 @@ def _height(console: Console) -> int:
     return console.height - 1 if console.is_terminal else 60
 
 
-def screen(watched: Watched, width: int, height: int, which: str = "") -> Group:
+def screen(watched: Watched, width: int, height: int, which: str = "", ends: str = "") -> Group:
     """One picture of a run, at most `height` lines of at most `width` columns.
 
     Args:
         which: of several runs it is.
+        ends: how to end it, where there is room.
 
     Raises:
         RecordingError: the recording cannot be read.
     """
     parts = _parts(watched, watched.look(), width)
-    parts["which"] = lambda _: [_row(which)] if which else []
+    parts["bottom"] = lambda _: _bottom(which, ends, width)
     shown: dict[str, list[Text]] = {name: [] for name in parts}
     left = height
     for name, size in WISHES:
@@ -209,6 +226,12 @@ def _parts(watched: Watched, seen: Seen, width: int) -> dict[str, Part]:
 
 def _row(text: str, style: str = "") -> Text:
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _bottom(which: str, ends: str, width: int) -> list[Text]:
+    both = f"{which}{'':{GAP}}{ends}" if which and ends else which or ends
+    shown = both if cell_len(both) <= width else which
+    return [_row(shown, "" if which else "dim")] if shown else []
 
 
 def _wrapped(text: Text, width: int, most: int) -> list[Text]:

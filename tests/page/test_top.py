@@ -29,13 +29,14 @@ CONTROL = r"\x1b\[[0-9;?]*[A-Za-z]"
 class Terminal:
     """`gradwatch top` in a terminal of 24 lines and 80 columns."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(self, *arguments: str, stdin: int | None = None, **environment: str) -> None:
         self.leader, self.follower = pty.openpty()
         termios.tcsetwinsize(self.follower, (24, 80))
         self.modes = termios.tcgetattr(self.follower)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gradwatch", "top", *arguments],
-            stdin=self.follower, stdout=self.follower, stderr=self.follower,
+            stdin=self.follower if stdin is None else stdin,
+            stdout=self.follower, stderr=self.follower,
             env={**os.environ, "TERM": "xterm-256color", **environment},
         )  # fmt: skip
         self.written = b""
@@ -274,6 +275,52 @@ def test_two_runs_of_odd_names_that_both_write_do_not_take_turns(record, runs):
     os.utime(runs / "two.sqlite", (OLD - 1, OLD - 1))
     shown.go_over()
     assert shown.watched.info.run == "two"
+
+
+@pytest.mark.parametrize("key", [b"q", b"Q"])
+def test_q_ends_it_and_leaves_the_terminal_as_it_was(exploding, key):
+    with Terminal(str(exploding.path)) as terminal:
+        terminal.until("q ends")
+        assert not termios.tcgetattr(terminal.follower)[3] & (termios.ECHO | termios.ICANON)
+        os.write(terminal.leader, b"hello\x1b[A" + key)
+        text = terminal.to_the_end()
+        assert terminal.process.returncode == 0
+        assert termios.tcgetattr(terminal.follower) == terminal.modes
+    assert "hello" not in text
+    assert text.rindex("\x1b[?1049l") > text.rindex("\x1b[?1049h")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_terminal_as_it_was_too(exploding, number):
+    with Terminal(str(exploding.path)) as terminal:
+        terminal.until("q ends")
+        terminal.process.send_signal(number)
+        terminal.to_the_end()
+        assert termios.tcgetattr(terminal.follower) == terminal.modes
+
+
+def test_where_stdin_is_no_terminal_no_key_is_named_and_none_is_waited_for(exploding):
+    with Terminal(str(exploding.path), stdin=subprocess.DEVNULL) as terminal:
+        frame = terminal.until("exploding in block.10: ")
+        assert termios.tcgetattr(terminal.follower) == terminal.modes
+        terminal.process.send_signal(signal.SIGINT)
+        assert "q ends" not in frame + terminal.to_the_end()
+    assert terminal.process.returncode == 0
+
+
+def test_the_bottom_row_says_which_run_it_is_and_how_to_end_it_where_there_is_room(exploding):
+    console = Console(width=40, height=24, no_color=True, file=None)
+    for which, bottom in [
+        ("", "q ends"),
+        ("w" * 32, f"{'w' * 32}  q ends"),
+        ("w" * 33, "w" * 33),
+        ("w" * 50, f"{'w' * 39}…"),
+    ]:
+        with console.capture() as captured:
+            console.print(screen(Watched(exploding.path), 40, 24, which, "q ends"))
+        lines = captured.get().splitlines()
+        assert lines[-1].rstrip() == bottom
+        assert len(lines) <= 24
 
 
 def test_a_run_without_steps_has_a_screen(record):
