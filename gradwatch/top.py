@@ -8,25 +8,30 @@ Meaning is in words and shapes; colour only repeats it, and is left out where th
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
 from gradwatch.chart import columns, log_chart, span
+from gradwatch.errors import RecordingError
+from gradwatch.keys import typed_keys
 from gradwatch.page.grid import Grid
 from gradwatch.page.watched import Seen, Watched
 from gradwatch.recording.finding import FOLDER
-from gradwatch.recording.reader import open_recording
+from gradwatch.recording.runs import runs_in
 from gradwatch.report.card import printable
-from gradwatch.report.choosing import chosen
-from gradwatch.report.findings import ORDER, listed
+from gradwatch.report.choosing import chosen, folder_of
+from gradwatch.report.findings import ORDER, listed, most_urgent
 from gradwatch.report.moments import duration
 from gradwatch.report.standing import RECENT
 from gradwatch.report.verdict import Health
@@ -49,9 +54,11 @@ HEADINGS_HEALTHY = ("layers, beside their usual norm", "layer")
 
 MARGIN = 10
 LEAST_NAME = 12
+LONGEST_BEFORE = 30
 GAP = 2
 """Between columns."""
 
+QUIT = "q"
 DOZE_SECONDS = 0.1
 
 
@@ -64,7 +71,7 @@ WISHES: Sequence[tuple[str, int]] = (
     *_up_to("layers", 3), *_up_to("findings", 2), ("chart", 1),
     *_up_to("headline", 8, 4), *_up_to("to do", 4), ("events", 1),
     ("above layers", 1), ("above findings", 1), ("above chart", 1), ("figures", 1),
-    ("which", 1),
+    ("bottom", 1),
     *_up_to("now", 2), *_up_to("chart", 5, 3), *_up_to("layers", 5, 4), *_up_to("findings", 5, 3),
     *_up_to("now", 6, 3), *_up_to("began", 6), *_up_to("done", 6), *_up_to("worst", 6),
     *_up_to("to do", 6, 5), *_up_to("layers", 10, 6), *_up_to("findings", 12, 6),
@@ -80,7 +87,8 @@ def top_command(
     recording: Annotated[
         Path | None,
         typer.Argument(
-            help="A recording, or a directory whose newest run is meant.",
+            help="A recording, a directory whose newest run is meant, or the name of a run in "
+            f"{FOLDER}, of which the last start is meant.",
             show_default=f"the newest run in {FOLDER}",
         ),
     ] = None,
@@ -93,32 +101,70 @@ def top_command(
 ) -> None:
     """Shows how a run stands, live in a terminal: verdict, norm, oddest layers, last findings.
 
-    Works over ssh, and without colour (NO_COLOR, TERM=dumb). Ctrl-C ends it.
+    Works over ssh, and without colour (NO_COLOR, TERM=dumb). q or Ctrl-C ends it.
     """
-    path, which = chosen(recording)
-    with open_recording(path) as opened:
-        watched = Watched(opened.path)
+    shown = Shown(recording)
     console = Console(highlight=False)
     if once or not console.is_terminal or console.is_dumb_terminal:
-        console.print(screen(watched, console.width, _height(console), which))
+        console.print(screen(shown.watched, console.width, _height(console), shown.which))
         return
-    with stoppable() as stop, Live(console=console, screen=True, auto_refresh=False) as live:
-        _follow(watched, which, console, live, every, stop)
+    with (
+        stoppable() as stop,
+        typed_keys() as typed,
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
+        _follow(shown, console, live, every, stop, typed)
+
+
+class Shown:
+    """The run on the screen; of a directory its newest, also when that starts later."""
+
+    def __init__(self, named: Path | None) -> None:
+        """
+        Raises:
+            RecordingError: there is none, or it cannot be read.
+        """
+        self._folder = folder_of(named)
+        self._known = self._there()
+        path, self.which = chosen(named)
+        self.watched = Watched(path)
+
+    def go_over(self) -> None:
+        """To a run that has started since, once its recording can be read."""
+        with suppress(RecordingError):
+            if self._folder is None or not self._there() - self._known:
+                return
+            path, which = chosen(self._folder)
+            if path in self._known or path == self.watched.path:
+                return
+            before = printable(self.watched.info.run, LONGEST_BEFORE)
+            self.watched = Watched(path)
+            self.which = f"went over from {before} to {which}"
+            self._known = self._there()
+
+    def _there(self) -> set[Path]:
+        return set() if self._folder is None else {run.path for run in runs_in(self._folder)}
 
 
 def _follow(
-    watched: Watched,
-    which: str,
+    shown: Shown,
     console: Console,
     live: Live,
     every: float,
     stop: Callable[[], bool],
+    typed: Callable[[float], str] | None,
 ) -> None:
+    ends = "" if typed is None else f"{QUIT} ends"
     while not stop():
-        live.update(screen(watched, console.width, console.height, which), refresh=True)
+        shown.go_over()
+        picture = screen(shown.watched, console.width, console.height, shown.which, ends)
+        live.update(picture, refresh=True)
         until = time.monotonic() + every
         while not stop() and time.monotonic() < until:
-            time.sleep(min(DOZE_SECONDS, every))
+            if typed is None:
+                time.sleep(DOZE_SECONDS)
+            elif QUIT in typed(DOZE_SECONDS).lower():
+                return
 
 
 def _height(console: Console) -> int:
@@ -126,17 +172,18 @@ def _height(console: Console) -> int:
     return console.height - 1 if console.is_terminal else 60
 
 
-def screen(watched: Watched, width: int, height: int, which: str = "") -> Group:
+def screen(watched: Watched, width: int, height: int, which: str = "", ends: str = "") -> Group:
     """One picture of a run, at most `height` lines of at most `width` columns.
 
     Args:
         which: of several runs it is.
+        ends: how to end it, where there is room.
 
     Raises:
         RecordingError: the recording cannot be read.
     """
     parts = _parts(watched, watched.look(), width)
-    parts["which"] = lambda _: [_row(which)] if which else []
+    parts["bottom"] = lambda _: _bottom(which, ends, width)
     shown: dict[str, list[Text]] = {name: [] for name in parts}
     left = height
     for name, size in WISHES:
@@ -179,6 +226,12 @@ def _parts(watched: Watched, seen: Seen, width: int) -> dict[str, Part]:
 
 def _row(text: str, style: str = "") -> Text:
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _bottom(which: str, ends: str, width: int) -> list[Text]:
+    both = f"{which}{'':{GAP}}{ends}" if which and ends else which or ends
+    shown = both if cell_len(both) <= width else which
+    return [_row(shown, "" if which else "dim")] if shown else []
 
 
 def _wrapped(text: Text, width: int, most: int) -> list[Text]:
@@ -282,14 +335,17 @@ def _layers(seen: Seen, width: int, most: int) -> list[Text]:
 def _findings(seen: Seen, most: int) -> list[Text]:
     """A heading and a row for each finding; where there is none, one row that says so."""
     known = seen.stands.known
-    findings = listed(known.anomalies, known.cards, most)
-    if not findings.all:
-        events = findings.said_of_events
+    every = listed(known.anomalies, known.cards, sys.maxsize)
+    if not every.all:
+        events = every.said_of_events
         return [_row(f"no finding{events and '; '}{events}", "dim")]
-    left_out = f"; {findings.left_out} behind the first left out" if findings.left_out else ""
-    rows = [_row(f"findings, {ORDER}{left_out}", "dim")]
-    widest = max(len(str(one.step)) for one in findings.all)
-    for one in findings.all:
+    findings = most_urgent(every.all, most)
+    more = len(every.all) - len(findings)
+    rows = [
+        _row(f"findings, {ORDER}{f'; {more} less urgent or older left out' * bool(more)}", "dim")
+    ]
+    widest = max(len(str(one.step)) for one in findings)
+    for one in findings:
         where = f" in {printable(one.layer)}" if one.layer else ""
         line = f"step {one.step:<{widest}}  {one.level:<7}  {one.kind}{where}: "
         rows.append(_row(line + printable(one.message, 400), LEVEL_STYLES.get(one.level, "")))

@@ -15,6 +15,7 @@ RANKS = {
     "errors": 0,
     "chart": 0,
     "stopping": 0,
+    "keys": 0,
     "saying": 0,
     "records": 1,
     "policy": 2,

@@ -36,7 +36,8 @@ def report_command(
     recording: Annotated[
         Path | None,
         typer.Argument(
-            help="A recording, or a directory whose newest run is meant.",
+            help="A recording, a directory whose newest run is meant, or the name of a run in "
+            f"{FOLDER}, of which the last start is meant.",
             show_default=f"the newest run in {FOLDER}",
         ),
     ] = None,
@@ -76,7 +77,7 @@ def report_command(
     """Says what went wrong in a run: which layer, since when, what was done, what to do.
 
     On the terminal; with -o as a file to keep or to send, which needs the extra "page". Of a
-    directory the newest run is taken.
+    directory the run is taken that started last.
     """
     wanted = format or _by_name(output)
     if wanted is Format.text:

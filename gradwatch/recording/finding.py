@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BEGIN_SECONDS", "FOLDER", "MADE", "NAMED", "STAMP", "Candidate", "Refusal", "find"]
+__all__ = [
+    "BEGIN_SECONDS", "FOLDER", "MADE", "NAMED", "STAMP", "Candidate", "Refusal", "find",
+    "in_file_name",
+]  # fmt: skip
 
 FOLDER = "gradwatch-runs"
 """Where recordings go where no other directory is named."""
@@ -26,6 +29,12 @@ NAMED = re.compile(r"(.*)-(\d{8}-\d{6})-rank(\d+)(?:-\d+)?\.sqlite")
 STAMP = "%Y%m%d-%H%M%S"
 BEGIN_SECONDS = 600.0
 """Between the first rank of a run and the last one to begin."""
+
+
+def in_file_name(run: str) -> str:
+    """The name of a run as its files have it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", run).strip("._")[:80] or "run"
+
 
 SIDE_FILES = ("-wal", "-shm", "-journal")
 

@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from gradwatch.errors import RecordingError
 from gradwatch.recording.cards import Card, card_from
-from gradwatch.recording.finding import MADE
 from gradwatch.recording.ring import read_ring
 from gradwatch.recording.rows import ANOMALY_COLUMNS, COLUMNS, anomaly_from, record_from
 from gradwatch.recording.runinfo import info_from_json
+from gradwatch.recording.runs import runs_in
 from gradwatch.recording.store import SCHEMA, SCHEMA_VERSION
 from gradwatch.records import Anomaly, Culprit, RunInfo, StepRecord
 from gradwatch.saying import say
@@ -29,7 +29,7 @@ from gradwatch.saying import say
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Recording", "connected", "known_columns", "open_recording", "recordings_in"]
+__all__ = ["Recording", "connected", "known_columns", "open_recording"]
 
 SERIES = (
     "time",
@@ -51,37 +51,16 @@ def open_recording(path: str | os.PathLike[str]) -> Recording:
     """Opens a recording for reading.
 
     Args:
-        path: a `.sqlite` file, or a directory, of which the newest recording is opened.
+        path: a `.sqlite` file, or a directory, of which the run is opened that started last, by
+            the names of its files; of several ranks the lowest.
 
     Raises:
         RecordingError: there is none, or it is not one that this version can read.
     """
     found = Path(path)
     if not found.is_file():
-        found = recordings_in(found)[0]
+        found = runs_in(found)[0].path
     return Recording(found)
-
-
-def recordings_in(directory: Path) -> list[Path]:
-    """Those there and one level below, that which was written last first; at least one.
-
-    Raises:
-        RecordingError: there is none.
-    """
-    if not directory.is_dir():
-        raise RecordingError(
-            f"{directory}: no such recording, and no directory of recordings. {MADE}"
-        )
-    found = [*directory.glob("*.sqlite"), *directory.glob("*/*.sqlite")]
-    if not found:
-        raise RecordingError(f"{directory}: no recording (*.sqlite) in this directory")
-    return sorted(found, key=lambda file: (_last_written(file), file.name), reverse=True)
-
-
-def _last_written(path: Path) -> int:
-    """In nanoseconds; a live run writes to its WAL for a long time before to the file itself."""
-    wal = path.with_name(f"{path.name}-wal")
-    return max(file.stat().st_mtime_ns for file in (path, wal) if file.exists())
 
 
 class Recording:

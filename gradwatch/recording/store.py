@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from gradwatch.errors import RecordingError
 from gradwatch.recording.cards import BOUND_CARDS, CARDS, INSERT_CARD, Card, card_row
-from gradwatch.recording.finding import STAMP
+from gradwatch.recording.finding import STAMP, in_file_name
 from gradwatch.recording.rows import ANOMALY_COLUMNS, COLUMNS, anomaly_row, row_of
 from gradwatch.recording.runinfo import info_to_json, status_to_json
 from gradwatch.records import Anomaly, RunInfo, Status, StepRecord
@@ -174,11 +173,10 @@ def new_recording_path(
     Raises:
         OSError: the directory cannot be made.
     """
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", run).strip("._")[:80] or "run"
     stamp = time.strftime(STAMP, time.localtime(started))
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    stem, number = f"{safe}-{stamp}-rank{rank}", 1
+    stem, number = f"{in_file_name(run)}-{stamp}-rank{rank}", 1
     path = folder / f"{stem}.sqlite"
     while path.exists() or path.with_suffix(".ring").exists():
         number += 1

@@ -1,62 +1,61 @@
-"""A directory in, one of its runs out: what a report is of where no recording is named.
-
-Runs are told apart by the names of their files, so that one that cannot be read hides no other.
-"""
+"""What was named in, a recording out: the newest run of a directory, or the last of a name."""
 
 from __future__ import annotations
 
-import time
-from contextlib import suppress
+import os
 from pathlib import Path
 
-from gradwatch.recording.finding import BEGIN_SECONDS, FOLDER, NAMED, STAMP
-from gradwatch.recording.reader import recordings_in
+from gradwatch.errors import RecordingError
+from gradwatch.recording.finding import FOLDER, in_file_name
+from gradwatch.recording.runs import runs_in
+from gradwatch.saying import one_line
 
-__all__ = ["chosen", "runs_in"]
+__all__ = ["chosen", "folder_of"]
+
+MOST_NAMES = 20
 
 
 def chosen(named: Path | None) -> tuple[Path, str]:
     """The recording, and which one it is there; empty where it was named itself.
 
     Args:
-        named: a recording, or a directory whose newest run is meant; None for that of FOLDER.
+        named: a recording; a directory whose newest run is meant, None for FOLDER; or the name of
+            a run in FOLDER, of which the last start is meant.
 
     Raises:
         RecordingError: there is none.
     """
-    if named is not None and not named.is_dir():
-        return named, ""
-    folder = Path(FOLDER) if named is None else named
-    runs = runs_in(folder)
-    which = "the only run" if len(runs) == 1 else f"the newest of {len(runs)} runs"
-    return runs[0], f"{which} in {folder}"
+    folder = folder_of(named)
+    if folder is not None:
+        runs = runs_in(folder)
+        which = "the only run" if len(runs) == 1 else f"the newest of {len(runs)} runs"
+        return runs[0].path, f"{which} in {folder}"
+    assert named is not None
+    return (named, "") if os.path.isfile(named) else _of_name(str(named))
 
 
-def runs_in(folder: Path) -> list[Path]:
-    """Of each run the recording of its lowest rank, the run that was written last first.
-
-    Raises:
-        RecordingError: there is none.
-    """
-    newest_first = recordings_in(folder)
-    runs: list[dict[int, Path]] = []
-    latest: dict[tuple[Path, str], tuple[float, dict[int, Path]]] = {}
-    for began, rank, path, stem in sorted(map(_told_apart, newest_first)):
-        run = latest.get((path.parent, stem))
-        if run is None or rank in run[1] or began - run[0] > BEGIN_SECONDS:
-            run = latest[path.parent, stem] = began, {}
-            runs.append(run[1])
-        run[1][rank] = path
-    place = {path: number for number, path in enumerate(newest_first)}
-    runs.sort(key=lambda ranks: min(place[path] for path in ranks.values()))
-    return [ranks[min(ranks)] for ranks in runs]
+def folder_of(named: Path | None) -> Path | None:
+    """The directory whose newest run is meant, None where a recording or a run is."""
+    if named is None:
+        return Path(FOLDER)
+    return named if os.path.isdir(named) else None
 
 
-def _told_apart(path: Path) -> tuple[float, int, Path, str]:
-    """When it began by the clock of its machine, its rank, and what all ranks of it are called."""
-    found = NAMED.fullmatch(path.name)
-    if found is not None:
-        stem, stamp, rank = found.groups()
-        with suppress(ValueError, OverflowError):
-            return time.mktime(time.strptime(stamp, STAMP)), int(rank), path, stem
-    return 0.0, 0, path, path.name
+def _of_name(name: str) -> tuple[Path, str]:
+    try:
+        runs = runs_in(Path(FOLDER))
+    except RecordingError as error:
+        raise RecordingError(
+            f"{one_line(name)}: no such recording or directory, and no name of a run: {error}"
+        ) from None
+    found = [run for run in runs if run.name == name]
+    found = found or [run for run in runs if run.name == in_file_name(name)]
+    if not found:
+        names = [one_line(known) for known in dict.fromkeys(run.name for run in runs)]
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        raise RecordingError(
+            f"{one_line(name)}: no such recording or directory, and no run of this name in "
+            f"{FOLDER}/. There are: {', '.join(names[:MOST_NAMES])}{more}"
+        )
+    which = "the only run" if len(found) == 1 else f"the last of {len(found)} runs"
+    return found[0].path, f"{which} called {one_line(found[0].name)} in {FOLDER}"

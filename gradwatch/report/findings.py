@@ -14,7 +14,7 @@ from gradwatch.records import Anomaly, Level
 from gradwatch.report.card import begun_first, found
 from gradwatch.report.kinds import MEANS, name_of
 
-__all__ = ["ORDER", "Finding", "Listed", "findings_of", "listed", "urgency"]
+__all__ = ["ORDER", "Finding", "Listed", "findings_of", "listed", "most_urgent", "urgency"]
 
 ORDER = "oldest first"
 """As a heading says it."""
@@ -82,6 +82,15 @@ def listed(anomalies: Sequence[Anomaly], cards: Sequence[Card], most: int) -> Li
     return Listed(
         first=every[:1], left_out=len(every) - 1 - len(newest), newest=newest, events=events
     )
+
+
+def most_urgent(findings: Sequence[Finding], most: int) -> list[Finding]:
+    """Those of the highest level, and of them the latest; in the order that they came in."""
+    order = sorted(
+        range(len(findings)),
+        key=lambda place: (findings[place].level != "alert", -findings[place].step, place),
+    )
+    return [findings[place] for place in sorted(order[:most])]
 
 
 def findings_of(anomalies: Sequence[Anomaly], cards: Sequence[Card]) -> list[Finding]:

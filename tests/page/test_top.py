@@ -5,18 +5,64 @@ from __future__ import annotations
 import os
 import pty
 import re
+import select
+import shutil
 import signal
 import subprocess
 import sys
 import termios
-from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
+from typing import Self
 
 import pytest
 from rich.console import Console
 
 from gradwatch.page.watched import Watched
-from gradwatch.top import screen
+from gradwatch.recording.store import new_recording_path
+from gradwatch.top import Shown, screen
+
+OLD = 1_700_000_000.0
+CONTROL = r"\x1b\[[0-9;?]*[A-Za-z]"
+
+
+class Terminal:
+    """`gradwatch top` in a terminal of 24 lines and 80 columns."""
+
+    def __init__(self, *arguments: str, stdin: int | None = None, **environment: str) -> None:
+        self.leader, self.follower = pty.openpty()
+        termios.tcsetwinsize(self.follower, (24, 80))
+        self.modes = termios.tcgetattr(self.follower)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gradwatch", "top", *arguments],
+            stdin=self.follower if stdin is None else stdin,
+            stdout=self.follower, stderr=self.follower,
+            env={**os.environ, "TERM": "xterm-256color", **environment},
+        )  # fmt: skip
+        self.written = b""
+
+    def until(self, wanted: str) -> str:
+        """What is written until then, without colours."""
+        while wanted not in (plain := re.sub(CONTROL, "", self.written.decode(errors="replace"))):
+            if not select.select([self.leader], [], [], 30)[0]:
+                raise AssertionError(f"{wanted!r} is not in {plain!r}")
+            self.written += os.read(self.leader, 65536)
+        return plain
+
+    def to_the_end(self) -> str:
+        while self.process.poll() is None or select.select([self.leader], [], [], 0)[0]:
+            if select.select([self.leader], [], [], 0.1)[0]:
+                self.written += os.read(self.leader, 65536)
+        return self.written.decode()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.to_the_end()
+        os.close(self.leader)
+        os.close(self.follower)
 
 
 def lines_of(run, width: int = 100, height: int = 40) -> list[str]:
@@ -108,6 +154,27 @@ def labels(run, height: int) -> list[str]:
     return [label for label in LABELS if any(line.startswith(f"{label:<10}") for line in lines)]
 
 
+def findings_in(lines: list[str]) -> list[tuple[int, str, str]]:
+    found = (re.match(r"step (\d+) +(alert|warning) +(\w+)", line) for line in lines)
+    return [(int(one[1]), one[2], one[3]) for one in found if one]
+
+
+def test_of_findings_the_alerts_are_kept_and_of_them_the_latest_in_order_of_steps(record):
+    run = record("many", layers=20)
+    bad = [step for start in range(200, 1800, 300) for step in range(start, start + 30)]
+    run.steps(1900, spikes=dict.fromkeys(bad, 300.0))
+    run.pipeline.close("finished")
+    every = findings_in(lines_of(run, 120, 100))
+    alerts = [one for one in every if one[1] == "alert"]
+    assert len(alerts) >= 4
+    for height in (16, 20, 24):
+        lines = lines_of(run, 80, height)
+        kept = findings_in(lines)
+        assert kept == alerts[-len(kept) :]
+        left_out = f"; {len(every) - len(kept)} less urgent or older left out"
+        assert any(left_out in line for line in lines) == (len(kept) < len(every))
+
+
 def test_a_healthy_run_has_layers_and_says_that_nothing_was_found(record):
     run = record("well", layers=6)
     run.steps(200)
@@ -145,29 +212,115 @@ def test_a_pipe_gets_it_once_and_without_colour(exploding):
 
 @pytest.mark.parametrize("colour", [{}, {"NO_COLOR": "1"}], ids=["colour", "none"])
 def test_a_terminal_of_24_lines_has_layers_and_findings_until_it_is_interrupted(exploding, colour):
-    leader, follower = pty.openpty()
-    termios.tcsetwinsize(follower, (24, 80))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gradwatch", "top", str(exploding.path)],
-        stdin=follower, stdout=follower, stderr=follower,
-        env={**os.environ, "TERM": "xterm-256color", **colour},
-    )  # fmt: skip
-    os.close(follower)
-    written, asked = b"", False
-    with suppress(OSError):  # that of a terminal without a process
-        while more := os.read(leader, 65536):
-            written += more
-            if b"exploding in block.10: " in written and not asked:
-                asked = True
-                process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
-    os.close(leader)
-    text = written.decode()
-    frame = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).splitlines()[:24]
+    with Terminal(str(exploding.path), **colour) as terminal:
+        terminal.until("exploding in block.10: ")
+        terminal.process.send_signal(signal.SIGINT)
+        text = terminal.to_the_end()
+    assert terminal.process.returncode == 0
+    frame = re.sub(CONTROL, "", text).splitlines()[:24]
     assert any(line.startswith("!!  Not healthy") for line in frame)
     assert len([line for line in frame if line.startswith("block.")]) >= 3
     assert any(re.match(r"step \d+ +alert +exploding in block.10: ", line) for line in frame)
     assert bool(re.search(r"\x1b\[[0-9;]*3[1-7]m", text)) == (not colour)
+
+
+def test_of_a_directory_it_goes_over_to_a_run_that_starts_later_and_says_so(record, runs):
+    record("old", started=OLD).pipeline.close("finished")
+    with Terminal(str(runs)) as terminal:
+        terminal.until("the only run in")
+        record("new", started=OLD + 3600)
+        frame = terminal.until("went over from old to the newest of 2 runs in ")
+    assert "new, rank 0: " in frame, frame[-2000:]
+
+
+def test_a_run_that_started_before_the_one_shown_is_not_gone_over_to(record, runs):
+    shown_run = record("shown", started=OLD + 3600)
+    shown = Shown(runs)
+    record("older", started=OLD)
+    shown.go_over()
+    assert shown.watched.path == shown_run.path
+
+
+def test_a_new_recording_that_cannot_be_read_yet_is_waited_for(record, runs):
+    old = record("old", started=OLD)
+    old.pipeline.close("finished")
+    shown = Shown(runs)
+    new = new_recording_path(runs, "new", 0, OLD + 3600)
+    new.touch()
+    shown.go_over()
+    assert shown.watched.path == old.path
+    shutil.copy(old.path, new)
+    shown.go_over()
+    assert shown.watched.path == new
+
+
+def test_a_file_and_a_run_that_were_named_stay(record, runs, monkeypatch):
+    monkeypatch.chdir(runs.parent)
+    runs.rename("gradwatch-runs")
+    old = record("old", started=OLD, folder=Path("gradwatch-runs"))
+    named = [Shown(old.path), Shown(Path("old"))]
+    record("old", started=OLD + 3600, folder=Path("gradwatch-runs"))
+    for shown in named:
+        shown.go_over()
+        assert shown.watched.path == old.path
+
+
+def test_two_runs_of_odd_names_that_both_write_do_not_take_turns(record, runs):
+    for name in ("one", "two"):
+        run = record(name)
+        run.pipeline.close("finished")
+        run.path.rename(runs / f"{name}.sqlite")
+    os.utime(runs / "one.sqlite", (OLD, OLD))
+    shown = Shown(runs)
+    os.utime(runs / "two.sqlite", (OLD - 1, OLD - 1))
+    shown.go_over()
+    assert shown.watched.info.run == "two"
+
+
+@pytest.mark.parametrize("key", [b"q", b"Q"])
+def test_q_ends_it_and_leaves_the_terminal_as_it_was(exploding, key):
+    with Terminal(str(exploding.path)) as terminal:
+        terminal.until("q ends")
+        assert not termios.tcgetattr(terminal.follower)[3] & (termios.ECHO | termios.ICANON)
+        os.write(terminal.leader, b"hello\x1b[A" + key)
+        text = terminal.to_the_end()
+        assert terminal.process.returncode == 0
+        assert termios.tcgetattr(terminal.follower) == terminal.modes
+    assert "hello" not in text
+    assert text.rindex("\x1b[?1049l") > text.rindex("\x1b[?1049h")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_terminal_as_it_was_too(exploding, number):
+    with Terminal(str(exploding.path)) as terminal:
+        terminal.until("q ends")
+        terminal.process.send_signal(number)
+        terminal.to_the_end()
+        assert termios.tcgetattr(terminal.follower) == terminal.modes
+
+
+def test_where_stdin_is_no_terminal_no_key_is_named_and_none_is_waited_for(exploding):
+    with Terminal(str(exploding.path), stdin=subprocess.DEVNULL) as terminal:
+        frame = terminal.until("exploding in block.10: ")
+        assert termios.tcgetattr(terminal.follower) == terminal.modes
+        terminal.process.send_signal(signal.SIGINT)
+        assert "q ends" not in frame + terminal.to_the_end()
+    assert terminal.process.returncode == 0
+
+
+def test_the_bottom_row_says_which_run_it_is_and_how_to_end_it_where_there_is_room(exploding):
+    console = Console(width=40, height=24, no_color=True, file=None)
+    for which, bottom in [
+        ("", "q ends"),
+        ("w" * 32, f"{'w' * 32}  q ends"),
+        ("w" * 33, "w" * 33),
+        ("w" * 50, f"{'w' * 39}…"),
+    ]:
+        with console.capture() as captured:
+            console.print(screen(Watched(exploding.path), 40, 24, which, "q ends"))
+        lines = captured.get().splitlines()
+        assert lines[-1].rstrip() == bottom
+        assert len(lines) <= 24
 
 
 def test_a_run_without_steps_has_a_screen(record):

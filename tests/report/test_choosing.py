@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+import gradwatch
 from gradwatch.cli import app
 from gradwatch.recording.store import Store, new_recording_path
 from gradwatch.records import Layout, Parameter, RunInfo
@@ -70,6 +71,89 @@ def test_of_a_directory_of_several_runs_it_is_of_the_newest_and_says_so(record, 
     assert code == 0
     newest = again.with_name("two words.sqlite")
     assert err == [f"{newest}: the newest of 3 runs in gradwatch-runs"]
+
+
+def test_the_newest_run_is_the_one_that_started_last_though_an_older_one_still_writes(
+    record, capsys
+):
+    newest = record("short", started=BEGAN + 3600)
+    record("long")
+    record("long", rank=1, started=BEGAN + 1)
+    assert asked(capsys)[2] == [f"{newest}: the newest of 2 runs in gradwatch-runs"]
+    with gradwatch.open_recording("gradwatch-runs") as opened:
+        assert opened.path == newest
+
+
+def test_a_file_that_does_not_say_when_it_began_has_the_time_of_its_last_write(record, capsys):
+    named = record("named", started=BEGAN + 3600)
+    odd = record("odd").rename("gradwatch-runs/odd.sqlite")
+    for written, newest in ((BEGAN + 3000, named), (BEGAN + 4000, odd)):
+        os.utime(odd, (written, written))
+        assert asked(capsys)[2] == [f"{newest}: the newest of 2 runs in gradwatch-runs"]
+
+
+def test_the_name_of_a_run_is_its_last_start_on_the_lowest_rank_and_the_file_is_said(
+    record, capsys
+):
+    record("boom")
+    record("boom", rank=1, started=BEGAN + 3601)
+    path = record("boom", started=BEGAN + 3600)
+    record("other", started=BEGAN + 7200)
+    code, out, err = asked(capsys, "boom")
+    assert code == 0
+    assert out[0].startswith("run boom, rank 0: ")
+    assert err == [f"{path}: the last of 2 runs called boom in gradwatch-runs"]
+
+
+@pytest.mark.parametrize("name", ["lr 0.1 / b", "lr_0.1_b"])
+def test_a_run_is_found_by_the_name_it_was_given_and_by_that_of_its_files(record, capsys, name):
+    path = record("lr 0.1 / b")
+    assert asked(capsys, name)[2] == [f"{path}: the only run called lr_0.1_b in gradwatch-runs"]
+
+
+def test_a_file_or_directory_comes_before_a_run_of_its_name(record, capsys):
+    record("boom")
+    path = record("one", folder="boom")
+    assert asked(capsys, "boom")[2] == [f"{path}: the only run in boom"]
+
+
+@pytest.mark.parametrize("command", ["report", "top"])
+def test_where_no_run_has_the_name_the_error_says_which_names_there_are(record, capsys, command):
+    for number in range(23):
+        record(f"run{number:02}", started=BEGAN - number)
+    record("run00", rank=1)
+    with pytest.raises(SystemExit) as ended:
+        app([command, "boom"])
+    assert ended.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    names = ", ".join(f"run{number:02}" for number in range(20))
+    assert (
+        "boom: no such recording or directory, and no run of this name in gradwatch-runs/" in said
+    )
+    assert said.endswith(f"There are: {names} and 3 more")
+
+
+@pytest.mark.parametrize("command", ["report", "top"])
+def test_a_name_where_no_run_was_recorded_says_where_one_would_be(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        app([command, "boom"])
+    assert ended.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "boom: no such recording or directory" in said
+    assert "A run makes gradwatch-runs/ in the directory that it is started in" in said
+
+
+def test_the_terminal_takes_the_name_of_a_run_too(record, capsys):
+    record("boom")
+    record("other", started=BEGAN + 60)
+    with pytest.raises(SystemExit):
+        app(["top", "--once", "boom"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("boom, rank 0: ")
+    assert "the only run called boom in gradwatch-runs" in shown
 
 
 @pytest.mark.parametrize("command", ["report", "top", "serve"])

@@ -8,7 +8,7 @@ import numpy as np
 
 from gradwatch.recording.cards import card_of
 from gradwatch.records import Anomaly, Layout, Parameter, RunInfo, StepRecord
-from gradwatch.report.findings import findings_of, listed
+from gradwatch.report.findings import findings_of, listed, most_urgent
 
 LAYOUT = Layout.of([Parameter(name="a.weight")])
 
@@ -63,6 +63,15 @@ def test_where_there_are_too_many_the_first_stays_with_the_newest():
     found = listed([anomaly(step) for step in range(10)], [], 4)
     assert [one.step for one in found.all] == [0, 7, 8, 9]
     assert found.left_out == 6
+
+
+def test_the_most_urgent_are_alerts_before_warnings_and_of_them_the_latest_by_step():
+    found = findings_of(
+        [anomaly(1, "diverging", "warning"), anomaly(2), anomaly(3), anomaly(4, "stuck", "warning"),
+         anomaly(5, "vanishing", "warning")], [],
+    )  # fmt: skip
+    kept = [[one.step for one in most_urgent(found, most)] for most in range(6)]
+    assert kept == [[], [3], [2, 3], [2, 3, 5], [2, 3, 4, 5], [1, 2, 3, 4, 5]]
 
 
 def test_a_bad_step_of_an_episode_belongs_to_its_beginning():
