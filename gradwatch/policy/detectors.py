@@ -254,6 +254,12 @@ class ClippedElsewhere(Detector):
     window: Span = 256
     """The number of last steps that are looked at."""
 
+    @model_validator(mode="after")
+    def _needs_no_more_than_it_looks_at(self) -> Self:
+        if self.steps > self.window:
+            refuse(f"must have steps <= window (here {self.steps} of {self.window})")
+        return self
+
 
 class ClipSaturated(Detector):
     """Clipping that never rests: the limit, not the gradient, sets the length of a step."""

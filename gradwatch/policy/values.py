@@ -42,7 +42,8 @@ STEP = re.compile(r"0|[1-9][0-9]{0,14}")
 OFF = "none"
 """The word for what a policy leaves out though it is there by default."""
 
-RESERVED = ("nonfinite", "on_error")
+RESERVED = ("nonfinite", "overflow", "on_error")
+"""Reasons for a skipped step that are not rules, and a key: no rule may be called so."""
 
 
 @runtime_checkable

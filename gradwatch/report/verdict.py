@@ -14,6 +14,7 @@ from gradwatch.recording.cards import Card
 from gradwatch.records import Anomaly, StepRecord
 from gradwatch.report.advice import OTHERWISE
 from gradwatch.report.aftermath import FAR, NEAR, Aftermath
+from gradwatch.report.blinding import BLINDING, blinding
 from gradwatch.report.card import printable, told, what_came_before, widest
 from gradwatch.report.course import RISEN, first_step, num_hit, usual
 from gradwatch.report.findings import urgency
@@ -30,9 +31,6 @@ SILENT_SECONDS, SILENT_STEPS = 60.0, 20.0
 
 NAMED = 3
 """Layers that are named."""
-
-BLINDING = "clipped_elsewhere"
-"""The kind of warning that calls every norm in question, and so what is not found in them."""
 
 JUST_BEFORE = 50
 """Steps between an alert and an end that it is named with."""
@@ -97,7 +95,7 @@ def verdict(known: Known, now: float | None = None) -> Verdict:
         now: in Unix time.
     """
     said = _verdict(known, time.time() if now is None else now)
-    blind = next((one for one in known.anomalies if one.kind == BLINDING), None)
+    blind = blinding(known.anomalies, known.latest, known.after)
     if blind is None or (said.card is not None and said.card.kind == BLINDING):
         return said
     first = f"first {OTHERWISE[BLINDING]} (found at step {blind.step})"
@@ -144,9 +142,10 @@ def _verdict(known: Known, now: float) -> Verdict:
         return _over(known, alerts)
     warnings = [one for one in known.anomalies if one.level == "warning"]
     if warnings:
-        last = next((one for one in warnings if one.kind == BLINDING), warnings[-1])
+        blind = blinding(known.anomalies, known.latest, known.after)
+        last = blind or warnings[-1]
         card = _card_at(known, last.step, last.kind)
-        if last.kind == BLINDING:
+        if blind is not None:
             first = last.step if card is None else first_step(card)
             headline = (
                 f"No alert up to step {known.step:,}, but an explosion would not show: since step "
@@ -158,7 +157,7 @@ def _verdict(known: Known, now: float) -> Verdict:
                 f"the last: {name_of(last.kind)}{_in(last.layer)} at step {last.step}"
             )
         return Verdict(
-            health="warning" if last.kind == BLINDING else "healthy",
+            health="warning" if blind is not None else "healthy",
             headline=headline,
             lines=_lines(known, card),
             card=card,

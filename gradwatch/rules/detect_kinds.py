@@ -35,7 +35,7 @@ def persistent(layout: Layout, detect: Detect) -> Iterator[tuple[str, Persistent
     if (elsewhere := detect.clipped_elsewhere) is not None:
         condition = ClippedElsewhere(num_parameters, elsewhere)
         steps, window = elsewhere.steps, elsewhere.window
-        yield _of_run("clipped_elsewhere", "warning", condition, steps, window, 1)
+        yield _of_run("clipped_elsewhere", "warning", condition, steps, window, window)
     if (saturated := detect.clip_saturated) is not None:
         yield _of_run("clip_saturated", "event", ClipSaturated(saturated), 1, 1, 1)
     yield from _sampled(layout, detect)

@@ -138,6 +138,9 @@ class ClippedElsewhere(_Plain):
     def __init__(self, num_parameters: int, config: ClippedElsewhereConfig) -> None:
         self._total_W: Float64s = np.zeros(config.window)
         self._count: Indices = np.zeros(1, dtype=np.intp)
+        self._risen: Bools = np.zeros(1, dtype=np.bool_)
+        """Whether a norm has been above the top since the last one at it."""
+
         self._top: Float64s = np.zeros(1)
         self._top_P: Float32s = np.zeros(num_parameters, dtype=np.float32)
         """The last one at the top, and its tensors."""
@@ -152,17 +155,22 @@ class ClippedElsewhere(_Plain):
             return None
         within = norm * min(ROUNDING + EPSILON / norm, LOOSEST)
         highest = float(self._total_W.max())
+        above = norm > highest + within
         self._total_W[int(self._count[0]) % len(self._total_W)] = norm
         self._count[0] += 1
         hit = False
         if norm >= highest - within:
-            other = np.abs(record.tensor_norms_P - self._top_P).max() > TURNED * norm
+            apart_P = np.abs(record.tensor_norms_P - self._top_P)
+            other = apart_P.max(initial=0.0) > TURNED * norm
             hit = bool(other) and abs(norm - float(self._top[0])) <= within
             self._top[0] = norm
             np.copyto(self._top_P, record.tensor_norms_P)
         self._said = _limit(norm, record.loss_scale)
-        calm = norm > highest + within
-        return Judgement(_one(hit), _one(calm), ALL, np.array([norm]), self._top.copy())
+        self._risen[0] = (self._risen[0] or above) and not hit
+        return Judgement(
+            _one(hit), self._risen.copy(), ALL, np.array([norm]), self._top.copy(),
+            begins_anew=above,
+        )  # fmt: skip
 
     def said(self, subject: int, value: float, expected: float) -> str:
         return (
@@ -175,6 +183,7 @@ class ClippedElsewhere(_Plain):
         return {
             "total": self._total_W,
             "count": self._count,
+            "risen": self._risen,
             "top": self._top,
             "top_tensors": self._top_P,
         }

@@ -39,6 +39,9 @@ class Judgement:
     expected_S: Float64s
     """What is compared: the value of each subject, and what it would be or may be at most."""
 
+    begins_anew: bool = False
+    """Whether earlier hits say nothing any more, where they have not led to an episode."""
+
 
 class Condition(Protocol):
     """What is abnormal: a function of the reading and its arrays, which it updates in place."""
@@ -95,6 +98,8 @@ class Persistent:
         found = self._condition.judge(reading)
         if found is None:
             return []
+        if found.begins_anew:
+            self._episodes.close(~self._episodes.open_L)
         if self._episodes.passed_by(found.hit_S):
             self._condition.learn(reading, self._episodes.open_L)
             return []

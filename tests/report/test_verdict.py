@@ -293,6 +293,17 @@ def test_a_gradient_that_is_clipped_before_it_is_measured_is_not_called_healthy(
     assert dict(found.lines)["to do"].startswith("take clip_grad_norm_")
 
 
+def test_a_clip_that_a_larger_norm_has_disproved_is_a_warning_like_any_other():
+    was = replace(anomaly(8, "clipped_elsewhere", "warning"), value=0.5)
+    latest = replace(record_at(500), total_norm=1.3)
+    found = verdict(known(anomalies=[was], latest=latest), NOW)
+    assert found.headline == (
+        "Healthy up to step 500, with 1 warning; the last: clipped elsewhere in block.1 at step 8"
+    )
+    still = verdict(known(anomalies=[was], latest=replace(latest, total_norm=0.5)), NOW)
+    assert still.headline.startswith("No alert up to step 500, but an explosion would not show")
+
+
 def test_beside_an_alert_the_clip_before_the_measurement_is_what_to_do_first():
     both = [anomaly(8, "clipped_elsewhere", "warning"), anomaly(90, "exploding")]
     found = verdict(known(anomalies=both, cards=[card(90)], open={"exploding": ()}), NOW)

@@ -304,10 +304,20 @@ class TestClippedElsewhere:
         assert a_run.play(10 * healthy(100, 3)) == []
         assert len(a_run.play(self.clipped(10 * healthy(400, 3)))) == 1
 
-    def test_a_limit_that_was_raised_is_told_again(self, run, healthy):
+    def test_a_limit_that_is_raised_again_and_again_is_told_once(self, run, healthy):
         a_run = run(3, config=only("clipped_elsewhere"))
-        assert len(a_run.play(self.clipped(100 * healthy(100, 3)))) == 1
-        assert len(a_run.play(self.clipped(100 * healthy(100, 3), limit=2.0))) == 1
+        found = []
+        for limit in np.linspace(1.0, 3.0, 40):
+            found += a_run.play(self.clipped(100 * healthy(20, 3), limit))
+        assert len(found) == 1
+
+    def test_steps_at_a_limit_that_was_lower_count_no_more(self, run, healthy):
+        a_run = run(3, config=only("clipped_elsewhere"))
+        assert a_run.play(self.clipped(100 * healthy(4, 3))) == []
+        assert a_run.play(self.clipped(100 * healthy(4, 3, seed=1), limit=5.0)) == []
+        (found,) = a_run.play(self.clipped(100 * healthy(1, 3, seed=2), limit=5.0))
+        assert "the total norm is 5 in 4 steps" in found.message
+        assert found.message.endswith("since step 5")
 
     def test_steps_that_are_not_finite_hide_nothing(self, run, healthy):
         a_run = run(3, config=only("clipped_elsewhere"))
