@@ -9,18 +9,23 @@ weights, and what makes any other one exact.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from gradwatch.errors import GradwatchError, PolicyError
 from gradwatch.policy import Accumulate, SampleTarget, Schedule
+from gradwatch.saying import say
 
 __all__ = ["Closed", "MicroBatch", "Window", "micro_batches", "samples_in"]
 
 Batch = TypeVar("Batch")
+
+FIRST = 3
+"""Windows of a loop: where none of them is full, it is not the end of an epoch that is short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,8 @@ class Window:
         self._planned = 1.0
         self._weight = 0.0
         self._samples = 0
+        self._short: tuple[int, ...] | None = ()
+        """Micro-batches of the first windows of a loop; None once they need no look any more."""
 
     def change(self, accumulate: Accumulate | None) -> None:
         """Other numbers, from the next window on."""
@@ -161,6 +168,34 @@ class Window:
         closed = Closed(self.count, self._weight, factor, steps)
         self.count = 0
         return closed
+
+    def counted(self, passes: int) -> Closed:
+        """A window that the loop has made by itself, of so many backward passes."""
+        for _ in range(passes):
+            self.add()
+        planned = self.num_steps
+        closed = self.close()
+        if passes > planned:  # several losses, not several micro-batches
+            closed = replace(closed, factor=1.0)
+        if self._short is not None:
+            is_short = passes < planned and closed.factor != 1.0
+            self._short = (*self._short, passes) if is_short else None
+            if self._short is not None and len(self._short) == FIRST:
+                self._say_short(self._short, planned, closed.factor)
+                self._short = None
+        return closed
+
+    def _say_short(self, came: tuple[int, ...], planned: int, factor: float) -> None:
+        say(
+            logging.WARNING,
+            "the first %d windows of this loop had %s micro-batches, and accumulate.steps is %d: "
+            "drive: loop takes each loss as divided by %d, so the gradients of a window of %d "
+            "are multiplied by %g. That is right for a loop that divides by %d; one that divides "
+            "by %d gets gradients %g times too large, and needs "
+            "accumulate: {steps: %d, drive: loop}",
+            len(came), ", ".join(map(str, came)), planned, planned, came[-1], factor, planned,
+            came[-1], factor, came[-1],
+        )  # fmt: skip
 
     def _steps_at(self, step: int) -> int:
         steps = 1 if self._accumulate is None else self._accumulate.steps

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
+    "IN_RECORDING",
     "THRESHOLDS",
     "Alert",
     "Recording",
@@ -18,11 +19,15 @@ __all__ = [
     "counted",
     "duration",
     "happened",
+    "how_many",
     "kinds",
     "now",
     "which",
     "words",
 ]
+
+IN_RECORDING = "none in what was scraped, `gradwatch report RECORDING` has them"
+"""What is said where an event passed between two scrapes."""
 
 Severity = Literal["critical", "warning", "info"]
 """critical: a human is needed now. warning: worth a look today. info: worth knowing."""
@@ -172,20 +177,32 @@ def counted(events: tuple[str, ...], seconds: int, *, level: str = 'level="warni
 
 
 def now(query: str, form: str = 'printf "%.4g"') -> str:
-    """A template that asks Prometheus for one value; `SELF` in the query selects the run."""
+    """A template that asks Prometheus for one value; `SELF` in the query selects the run.
+
+    An alert outlives its event: the query is to reach as far back as the expression of the alert.
+    """
     return (
         f"{{{{ with printf `{_of_run(query)}` $labels.job $labels.run | query }}}}"
         f"{{{{ . | first | value | {form} }}}}{{{{ else }}}}unknown{{{{ end }}}}"
     )
 
 
-def which(query: str, label: str) -> str:
-    """A template that lists the values of a label, each with its result: `dead (2), stuck (1)`."""
+def how_many(count: str) -> str:
+    """A template for a count, which is 0 where there is no series."""
+    return now(f"{count} or vector(0)", 'printf "%.0f"')
+
+
+def which(query: str, label: str, *, otherwise: str) -> str:
+    """A template that lists the values of a label, each with its result: `dead (2), stuck (1)`.
+
+    Args:
+        otherwise: what is said where the query finds none.
+    """
     return (
         f"{{{{ range $i, $found := printf `{_of_run(query)}` $labels.job $labels.run "
         f'| query | sortByLabel "{label}" }}}}{{{{ if $i }}}}, {{{{ end }}}}'
         f'{{{{ $found.Labels.{label} }}}} ({{{{ $found.Value | printf "%.0f" }}}})'
-        "{{ else }}unknown{{ end }}"
+        f"{{{{ else }}}}{otherwise}{{{{ end }}}}"
     )
 
 

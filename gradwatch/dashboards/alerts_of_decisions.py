@@ -8,6 +8,7 @@ from gradwatch.dashboards.alert import (
     Thresholds,
     counted,
     duration,
+    how_many,
     now,
     which,
     words,
@@ -63,8 +64,8 @@ def alerts_of_decisions(thresholds: Thresholds) -> tuple[Alert, ...]:
 
 
 def _spiking(thresholds: Thresholds) -> Alert:
-    norm = now("max(gradwatch_total_norm_window_max{SELF})")
     window = duration(thresholds.window_seconds)
+    norm = now(f"max(max_over_time(gradwatch_total_norm_window_max{{SELF}}[{window}]))")
     return Alert(
         name="GradwatchGradNormSpiking",
         severity="warning",
@@ -80,8 +81,7 @@ def _spiking(thresholds: Thresholds) -> Alert:
         summary="Gradients of run {{ $labels.run }} spike more often than data explains.",
         description=(
             f"Spikes in the last {words(thresholds.window_seconds)}: "
-            "{{ $value | printf `%.0f` }}; the largest total norm "
-            f"of the last minute is {norm}. "
+            f"{{{{ $value | printf `%.0f` }}}}; the largest total norm in that time is {norm}. "
             "First look at the batches of these steps in the recording; if they have nothing in "
             "common, lower the learning rate: spikes precede explosions."
         ),
@@ -114,6 +114,7 @@ def _clipping(thresholds: Thresholds) -> Alert:
     busiest = which(
         f"topk(1, max by (rule) (increase(gradwatch_clipped_steps_total{{SELF}}[{window}]))) > 0",
         "rule",
+        otherwise="none",
     )
     return Alert(
         name="GradwatchClippingSaturated",
@@ -133,7 +134,9 @@ def _clipping(thresholds: Thresholds) -> Alert:
 
 
 def _elsewhere(thresholds: Thresholds) -> Alert:
-    norm = now("max(gradwatch_total_norm{SELF})")
+    # Nothing passes above the limit of somebody else: the largest norm is that limit.
+    window = duration(thresholds.window_seconds)
+    norm = now(f"max(max_over_time(gradwatch_total_norm{{SELF}}[{window}]))")
     events = ("clipped_elsewhere",)
     return Alert(
         name="GradwatchClippedElsewhere",
@@ -142,10 +145,11 @@ def _elsewhere(thresholds: Thresholds) -> Alert:
         expr=counted(events, thresholds.window_seconds),
         summary="Run {{ $labels.run }} clips its gradient before gradwatch measures it.",
         description=(
-            f"The total norm, {norm} now, comes back to the same number digit by digit while the "
-            "layers differ. No explosion shows behind that limit, and the policy sees what is left "
-            "of the gradient. First look for clip_grad_norm_ in the loop, or for the clipping of "
-            "its trainer, and take it out: the policy is to clip."
+            "The total norm comes back to the same number digit by digit while the layers differ; "
+            f"its largest value of the last {words(thresholds.window_seconds)} is {norm}. "
+            "No explosion shows behind that limit, and the policy sees what is left of the "
+            "gradient. First look for clip_grad_norm_ in the loop, or for the clipping of its "
+            "trainer, and take it out: the policy is to clip."
         ),
         dashboard="gradwatch-clipping",
     )
@@ -180,7 +184,7 @@ def _skipping(thresholds: Thresholds) -> Alert:
 
 def _not_enforcing(thresholds: Thresholds) -> Alert:
     window = duration(thresholds.enforcing_seconds)
-    errors = now("sum(gradwatch_hook_errors_total{SELF})", 'printf "%.0f"')
+    errors = how_many(f"sum(max_over_time(gradwatch_hook_errors_total{{SELF}}[{window}]))")
     return Alert(
         name="GradwatchNotEnforcing",
         severity="critical",

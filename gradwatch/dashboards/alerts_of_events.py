@@ -7,16 +7,19 @@ no rule here waits.
 from __future__ import annotations
 
 from gradwatch.dashboards.alert import (
+    IN_RECORDING,
     Alert,
     Thresholds,
     counted,
     duration,
     happened,
+    how_many,
     kinds,
     now,
     which,
     words,
 )
+from gradwatch.policy.detectors import Exploding
 
 __all__ = ["alerts_of_events"]
 
@@ -42,12 +45,14 @@ def alerts_of_events(thresholds: Thresholds) -> tuple[Alert, ...]:
 
 
 def _exploding(thresholds: Thresholds) -> Alert:
-    norm = now("max(gradwatch_total_norm_window_max{SELF})")
-    window = duration(thresholds.event_seconds)
+    window, times = duration(thresholds.event_seconds), f"{Exploding().times:g}"
+    norm = now(f"max(max_over_time(gradwatch_total_norm_window_max{{SELF}}[{window}]))")
     worst = which(
         f"topk(1, max by (layer) (max_over_time(gradwatch_grad_norm{{SELF}}[{window}])) "
-        "/ max by (layer) (quantile_over_time(0.5, gradwatch_grad_norm{SELF}[1h]) > 0))",
+        "/ max by (layer) (quantile_over_time(0.5, gradwatch_grad_norm{SELF}[1h]) > 0) "
+        f"> {times})",
         "layer",
+        otherwise=f"none above {times} in what was scraped, `gradwatch report RECORDING` names it",
     )
     events = ("exploding",)
     return Alert(
@@ -57,7 +62,7 @@ def _exploding(thresholds: Thresholds) -> Alert:
         expr=happened(events, thresholds.event_seconds),
         summary="Gradients of run {{ $labels.run }} are exploding.",
         description=(
-            f"The largest total norm of the last minute is {norm}. "
+            f"The largest total norm of the last {words(thresholds.event_seconds)} is {norm}. "
             f"Layer furthest above its median of the last hour, times it: {worst}. "
             "First find the layer that moved first (dashboard gradwatch / run, section Layers), "
             "then compare the learning rate and the batch of that step. If the loss has jumped, "
@@ -68,8 +73,9 @@ def _exploding(thresholds: Thresholds) -> Alert:
 
 def _nonfinite(thresholds: Thresholds) -> Alert:
     window = duration(thresholds.event_seconds)
-    skipped = now(
-        f"sum(increase(gradwatch_skipped_steps_total{{SELF}}[{window}]))", 'printf "%.0f"'
+    # increase() sees nothing of a series that is born with its first skipped step.
+    skipped = how_many(
+        f"sum(max by (reason) (max_over_time(gradwatch_skipped_steps_total{{SELF}}[{window}])))"
     )
     events = ("nonfinite",)
     return Alert(
@@ -79,7 +85,7 @@ def _nonfinite(thresholds: Thresholds) -> Alert:
         expr=happened(events, thresholds.event_seconds),
         summary="Gradients of run {{ $labels.run }} hold NaN or Inf.",
         description=(
-            f"Steps skipped in the last {words(thresholds.event_seconds)}: {skipped} "
+            f"Steps skipped in this run so far: {skipped} "
             "(with mode: shadow they were taken all the same). "
             "First look at the loss: if it is NaN too, the weights are lost, stop the run and go "
             "back to a checkpoint; if it is finite, look at the loss scale and at the batch."
@@ -88,7 +94,8 @@ def _nonfinite(thresholds: Thresholds) -> Alert:
 
 
 def _rank_divergence(thresholds: Thresholds) -> Alert:
-    ranks = now("count(gradwatch_info{SELF})", 'printf "%.0f"')
+    window = duration(thresholds.event_seconds)
+    ranks = how_many(f"count(count by (rank) (last_over_time(gradwatch_info{{SELF}}[{window}])))")
     events = ("rank_divergence",)
     return Alert(
         name="GradwatchRankDivergence",
@@ -97,17 +104,19 @@ def _rank_divergence(thresholds: Thresholds) -> Alert:
         expr=happened(events, thresholds.event_seconds),
         summary="Ranks of run {{ $labels.run }} have different weights.",
         description=(
-            f"Ranks that answer: {ranks}. Weights that must be equal on all of them are not, and "
-            "they will not become equal again. First read which layer and which rank in the log "
-            "of rank 0, then stop and go back to the last checkpoint before that step."
+            f"Ranks that answered in the last {words(thresholds.event_seconds)}: {ranks}. "
+            "Weights that must be equal on all of them are not, and they will not become equal "
+            "again. First read which layer and which rank in the log of rank 0, then stop and go "
+            "back to the last checkpoint before that step."
         ),
         dashboard="gradwatch-distributed",
     )
 
 
 def _rank_outlier(thresholds: Thresholds) -> Alert:
-    largest = now("max(gradwatch_local_norm{SELF})")
-    least = now("min(gradwatch_local_norm{SELF})")
+    window = duration(thresholds.event_seconds)
+    largest = now(f"max(max_over_time(gradwatch_local_norm{{SELF}}[{window}]))")
+    least = now(f"min(min_over_time(gradwatch_local_norm{{SELF}}[{window}]))")
     events = ("rank_outlier",)
     return Alert(
         name="GradwatchRankOutlier",
@@ -116,7 +125,8 @@ def _rank_outlier(thresholds: Thresholds) -> Alert:
         expr=happened(events, thresholds.event_seconds),
         summary="One rank of run {{ $labels.run }} has gradients unlike the others.",
         description=(
-            f"Norms of the ranks' own gradients lie between {least} and {largest}. "
+            f"Norms of the ranks' own gradients in the last {words(thresholds.event_seconds)} lie "
+            f"between {least} and {largest}. "
             "First read which rank in the log of rank 0, then compare its data shard and its seed "
             "with the others; if both are right, suspect its hardware."
         ),
@@ -132,7 +142,7 @@ def _vanishing(thresholds: Thresholds) -> Alert:
         expr=happened(VANISHING, thresholds.event_seconds),
         summary="Layers of run {{ $labels.run }} hardly get a gradient any more.",
         description=(
-            f"Kinds, and layers in each: {_open(VANISHING)}. "
+            f"Kinds, and layers in each: {_open(VANISHING, thresholds)}. "
             "First see in the heat map whether the layers before them went dark too: then the "
             "gradient is lost on the way; a layer alone is dead, saturated or cut off."
         ),
@@ -147,7 +157,7 @@ def _updates(thresholds: Thresholds) -> Alert:
         expr=happened(UPDATES, thresholds.event_seconds),
         summary="Updates of run {{ $labels.run }} are too large or too small for its weights.",
         description=(
-            f"Kinds, and layers in each: {_open(UPDATES)}. "
+            f"Kinds, and layers in each: {_open(UPDATES, thresholds)}. "
             "First compare the learning rate of these layers' group with what was planned, then "
             "the panel Update over weights: a ratio above 0.3 forgets, below 1e-7 stands still."
         ),
@@ -173,7 +183,9 @@ def _precision(thresholds: Thresholds) -> Alert:
 
 
 def _loss(thresholds: Thresholds) -> Alert:
-    loss = now("max(gradwatch_loss{SELF})")
+    window = duration(thresholds.window_seconds)
+    loss = f"last_over_time(gradwatch_loss{{SELF}}[{window}])"
+    largest = now(f"max({loss.replace('last_', 'max_')})")
     spike, slow = ("loss_spike",), ("diverging",)
     return Alert(
         name="GradwatchLossRising",
@@ -184,7 +196,8 @@ def _loss(thresholds: Thresholds) -> Alert:
         + counted(slow, thresholds.window_seconds),
         summary="The loss of run {{ $labels.run }} rises.",
         description=(
-            f"The loss is {loss}. "
+            f"Its largest value of the last {words(thresholds.window_seconds)} is {largest}, its "
+            f"last one {now(f'max({loss})')}. "
             "First see whether the norm rose before it: then it is the optimization (learning "
             "rate, warm-up); a loss that rises alone is the data."
         ),
@@ -192,7 +205,8 @@ def _loss(thresholds: Thresholds) -> Alert:
 
 
 def _loss_scale(thresholds: Thresholds) -> Alert:
-    scale = now("min(gradwatch_loss_scale{SELF})", 'printf "%g"')
+    window = duration(thresholds.event_seconds)
+    scale = now(f"min(min_over_time(gradwatch_loss_scale{{SELF}}[{window}]))", 'printf "%g"')
     events = ("loss_scale_collapse",)
     return Alert(
         name="GradwatchLossScaleCollapsed",
@@ -201,7 +215,8 @@ def _loss_scale(thresholds: Thresholds) -> Alert:
         expr=happened(events, thresholds.event_seconds),
         summary="The loss scale of run {{ $labels.run }} finds no level.",
         description=(
-            f"The loss scale is {scale}. Steps are dropped and nothing is learnt in them. "
+            f"Its least value of the last {words(thresholds.event_seconds)} is {scale}. "
+            "Steps are dropped and nothing is learnt in them. "
             "First see whether the loss is finite: then an operation overflows in float16, use "
             "bfloat16 or find it; if it is not, the weights are lost."
         ),
@@ -210,7 +225,8 @@ def _loss_scale(thresholds: Thresholds) -> Alert:
 
 
 def _stuck(thresholds: Thresholds) -> Alert:
-    step = now("max(gradwatch_step{SELF})", 'printf "%.0f"')
+    window = duration(thresholds.window_seconds)
+    step = now(f"max(max_over_time(gradwatch_step{{SELF}}[{window}]))", 'printf "%.0f"')
     events = ("stuck",)
     return Alert(
         name="GradwatchGradientStuck",
@@ -243,13 +259,16 @@ def _unused(thresholds: Thresholds) -> Alert:
     )
 
 
-def _open(events: tuple[str, ...]) -> str:
-    """Kinds with the number of layers that their open episode covers."""
-    layers = f"gradwatch_anomalous_layers{{SELF,{kinds(events)}}}"
-    return which(f"max by (event) ({layers}) > 0", "event")
+def _open(events: tuple[str, ...], thresholds: Thresholds) -> str:
+    """Kinds with the largest number of layers that their episode has covered."""
+    window = duration(thresholds.event_seconds)
+    layers = f"max_over_time(gradwatch_anomalous_layers{{SELF,{kinds(events)}}}[{window}])"
+    return which(f"max by (event) ({layers}) > 0", "event", otherwise=IN_RECORDING)
 
 
 def _found(events: tuple[str, ...], thresholds: Thresholds) -> str:
     total = f"gradwatch_events_total{{SELF,{kinds(events)}}}"
     window = duration(thresholds.window_seconds)
-    return which(f"sum by (event) (increase({total}[{window}])) > 0", "event")
+    return which(
+        f"sum by (event) (increase({total}[{window}])) > 0", "event", otherwise=IN_RECORDING
+    )

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from gradwatch.dashboards.alert import Alert, Thresholds, duration, now, which, words
+from gradwatch.dashboards.alert import (
+    Alert,
+    Thresholds,
+    duration,
+    how_many,
+    now,
+    which,
+    words,
+)
 
 __all__ = ["alerts_of_gradwatch"]
 
@@ -27,7 +35,7 @@ def _hook_errors(thresholds: Thresholds) -> Alert:
         summary="gradwatch itself has failed in run {{ $labels.run }}; training goes on.",
         description=(
             f"Parts that failed in the last {words(thresholds.window_seconds)}: "
-            f"{which(errors, 'component')}. "
+            f"{which(errors, 'component', otherwise='none')}. "
             "First read the log of the run: each kind of error is written there once, with its "
             "traceback. Report it; until then what that part shows is missing."
         ),
@@ -36,8 +44,11 @@ def _hook_errors(thresholds: Thresholds) -> Alert:
 
 
 def _overhead(thresholds: Thresholds) -> Alert:
-    mean = now("run:gradwatch_step_duration_seconds:mean{SELF}", "humanizeDuration")
     window = duration(thresholds.window_seconds)
+    mean = now(
+        f"last_over_time(run:gradwatch_step_duration_seconds:mean{{SELF}}[{window}])",
+        "humanizeDuration",
+    )
     return Alert(
         name="GradwatchOverheadHigh",
         severity="warning",
@@ -59,8 +70,8 @@ def _overhead(thresholds: Thresholds) -> Alert:
 
 
 def _records_dropped(thresholds: Thresholds) -> Alert:
-    size = now("sum(gradwatch_recording_bytes{SELF})", "humanize1024")
     window = duration(thresholds.window_seconds)
+    size = now(f"sum(max_over_time(gradwatch_recording_bytes{{SELF}}[{window}]))", "humanize1024")
     return Alert(
         name="GradwatchRecordsDropped",
         severity="warning",
@@ -78,7 +89,7 @@ def _records_dropped(thresholds: Thresholds) -> Alert:
 
 
 def _series_dropped(thresholds: Thresholds) -> Alert:
-    layers = now("count(gradwatch_grad_norm{SELF})", 'printf "%.0f"')
+    layers = how_many("count(gradwatch_grad_norm{SELF})")
     return Alert(
         name="GradwatchSeriesDropped",
         severity="info",

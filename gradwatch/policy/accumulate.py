@@ -45,7 +45,7 @@ class Accumulate(Section):
 
     drive: Literal["hook", "loop"] = "hook"
     """Who makes the window: `hook` turns `steps` calls of step() into one; in `loop` the training
-    loop accumulates and divides, and only a short last window is repaired."""
+    loop accumulates and divides by `steps`, and short windows are made exact means."""
 
     weigh: Literal["mean", "sum", "weight"] = "mean"
     """How micro-batches combine; `weight` is the number that is given with the loss."""

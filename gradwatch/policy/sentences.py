@@ -60,8 +60,12 @@ SYNC = {"boundary": "once a window", "every": "with every micro-batch"}
 
 DRIVE = {
     "hook": "gradwatch makes the windows; the loop must not divide the loss.",
-    "loop": "the loop makes the windows and divides the loss; gradwatch only counts.",
+    "loop": "the loop makes the windows and divides the loss by the micro-batches of a full one; "
+    "gradwatch counts, and multiplies the gradients of a shorter window so that they are the mean "
+    "of what came.",
 }
+
+ONLY_COUNTED = "the loop makes the windows; gradwatch only counts."
 
 PARTIAL = {
     "step": "a step of its own, exact for what arrived",
@@ -108,7 +112,8 @@ def _accumulate(accumulate: Accumulate) -> Iterator[str]:
     else:
         count = f"{count} micro-batches"
     yield f"accumulate: {count} make one step, {WEIGH[accumulate.weigh]}."
-    yield f"accumulate: {DRIVE[accumulate.drive]}"
+    is_only_counted = accumulate.drive == "loop" and accumulate.weigh == "sum"
+    yield f"accumulate: {ONLY_COUNTED if is_only_counted else DRIVE[accumulate.drive]}"
     yield f"accumulate: a shorter last window is {PARTIAL[accumulate.partial]}."
     if accumulate.sync is not None:
         yield f"accumulate: gradients are reduced over ranks {SYNC[accumulate.sync]}."

@@ -6,7 +6,6 @@ import logging
 import math
 import weakref
 from collections.abc import Hashable, Mapping
-from dataclasses import replace
 from typing import Any, SupportsFloat
 
 import torch
@@ -332,12 +331,7 @@ class TorchWatch(Watch):
         if self._accumulate is None or self._accumulate.drive == "hook" or self._passes == 0:
             return Closed(count, float(count), 1.0)
         self.window.step = self._engine.num_steps
-        for _ in range(self._passes):
-            self.window.add()
-        planned = self.window.num_steps
-        closed = self.window.close()
-        # More passes than planned are several losses, not several micro-batches.
-        return closed if self._passes <= planned else replace(closed, factor=1.0)
+        return self.window.counted(self._passes)
 
     def _how(self) -> str:
         return f"; {self.plan}" if self.plan.on_accelerator else ""

@@ -89,10 +89,10 @@ class _Norms:
 
 def advise(records: Iterable[StepRecord], info: RunInfo) -> Advice:
     """What the recorded norms advise; reads them once."""
-    listed = list(records)
-    listed, unwell = _before_the_first_alert(listed)
+    whole = list(records)
+    listed, unwell = _before_the_first_alert(whole)
     norms = _norms(listed)
-    warnings = (*unwell, *_warnings(listed, norms, info))
+    warnings = (*unwell, *_warnings(listed, whole[len(listed) :], norms, info))
     accumulation = _accumulation(listed)
     if len(norms.healthy) == 0:
         nothing = Point("no limit", "the recording holds no step with a finite norm above 0")
@@ -196,7 +196,9 @@ def _pasted(rule: Mapping[str, object]) -> str:
     return yaml.safe_dump({"clip": [rule]}, sort_keys=False)
 
 
-def _warnings(records: list[StepRecord], norms: _Norms, info: RunInfo) -> Iterator[Point]:
+def _warnings(
+    records: list[StepRecord], later: list[StepRecord], norms: _Norms, info: RunInfo
+) -> Iterator[Point]:
     if len(norms.values) < FEW:
         yield Point(
             f"only {len(norms.values)} usable steps",
@@ -207,20 +209,31 @@ def _warnings(records: list[StepRecord], norms: _Norms, info: RunInfo) -> Iterat
             f"{len(bad)} steps were not finite, first step {bad[0]}",
             "no limit is the answer to those: guard.nonfinite: skip drops them whole",
         )
-    yield from _warnings_of_policy(records, info)
+    yield from _warnings_of_policy(records, later, info)
     yield from _warnings_of_norms(norms)
 
 
-def _warnings_of_policy(records: list[StepRecord], info: RunInfo) -> Iterator[Point]:
+def _warnings_of_policy(
+    records: list[StepRecord], later: list[StepRecord], info: RunInfo
+) -> Iterator[Point]:
     if not info.multiplying or not records:
         return
+    steps = "steps before the alert" if later else "steps"
+    clipped_later = sum(record.clipped for record in later)
     share = sum(record.clipped for record in records) / len(records)
     if share > SATURATED:
         yield Point(
-            f"saturated: {share:.0%} of the steps were clipped",
+            f"saturated: {share:.0%} of the {steps} were clipped",
             "a limit below the usual norm makes every update the same length: it acts as a second "
             "learning rate, and no longer as a guard. Raise it, or lower the learning rate",
             "Pascanu et al., arXiv:1211.5063: the threshold is chosen from the average norm",
+        )
+    elif share == 0 and clipped_later:
+        yield Point(
+            f"clips no healthy step: none of the {len(records)} {steps} was clipped, "
+            f"{clipped_later} later ones were",
+            "its limit is above everything that came while the run was well; one nearer to the "
+            "usual norm would catch an explosion sooner",
         )
     elif share == 0:
         yield Point(

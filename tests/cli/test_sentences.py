@@ -42,6 +42,13 @@ def test_each_rule_is_a_sentence(rule, sentence):
     assert sentence in said(clip=[rule]).splitlines()
 
 
+def test_a_loop_that_accumulates_is_told_what_is_done_to_its_short_windows():
+    text = said(accumulate={"steps": 4, "drive": "loop"})
+    assert "multiplies the gradients of a shorter window" in text
+    assert "only counts" not in text
+    assert "only counts" in said(accumulate={"steps": 4, "drive": "loop", "weigh": "sum"})
+
+
 def test_a_shadow_policy_says_that_it_touches_nothing():
     assert "nothing is touched" in said(mode="shadow", clip=[{"limit": 1}])
 

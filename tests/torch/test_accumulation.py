@@ -266,6 +266,54 @@ def test_a_loop_that_divides_by_itself_is_repaired_and_never_divided_twice(attac
     assert watch.latest.micro_batches == (4 if count == 16 else 2)
 
 
+def looped(attach, sizes: list[int], **changed):
+    """A loop of windows of these sizes that divides by each one's own."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    watch = attach(model, optimizer, {**policy(drive="loop"), **changed})
+    for size in sizes:
+        optimizer.zero_grad()
+        for batch in batches([8] * size):
+            (loss_of(model, batch) / size).backward()
+        optimizer.step()
+    return watch
+
+
+def warnings_of_windows(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "accumulate.steps is" in r.getMessage()]
+
+
+def test_a_loop_whose_windows_are_all_shorter_than_the_policy_says_is_warned_of_once(
+    attach, caplog
+):
+    watch = looped(attach, [2] * 8)
+    _, (mean,) = big_batch_training(batches([8] * 2), 2, lambda p: torch.optim.SGD(p, lr=0.0), None)
+    assert [r.total_norm for r in watch.history(9)] == pytest.approx([2 * mean] * 8, rel=1e-6)
+    (said,) = warnings_of_windows(caplog)
+    assert "the first 3 windows of this loop had 2, 2, 2 micro-batches" in said
+    assert "accumulate.steps is 4" in said
+    assert "gradients of a window of 2 are multiplied by 2" in said
+    assert "needs accumulate: {steps: 2, drive: loop}" in said
+
+
+def test_a_shadow_policy_multiplies_no_short_window_and_warns_of_none(attach, caplog):
+    watch = looped(attach, [2] * 4, mode="shadow")
+    _, (mean,) = big_batch_training(batches([8] * 2), 2, lambda p: torch.optim.SGD(p, lr=0.0), None)
+    assert watch.latest.total_norm == pytest.approx(mean, rel=1e-6)
+    assert not warnings_of_windows(caplog)
+
+
+@pytest.mark.parametrize("sizes", [[4, 2, 2, 2, 2], [2, 2, 4, 2, 2, 2], [2, 2], [8, 2, 2, 2]])
+def test_short_windows_beside_a_full_one_are_not_warned_of(attach, caplog, sizes):
+    looped(attach, sizes)
+    assert not warnings_of_windows(caplog)
+
+
+def test_short_windows_of_a_sum_are_left_as_they_are_and_not_warned_of(attach, caplog):
+    looped(attach, [2] * 4, accumulate={"steps": STEPS, "drive": "loop", "weigh": "sum"})
+    assert not warnings_of_windows(caplog)
+
+
 def test_micro_batches_under_a_loop_that_divides_are_refused(attach):
     model = make_model()
     watch = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), policy(drive="loop"))

@@ -145,6 +145,24 @@ def test_a_limit_that_never_clips_is_warned_of():
     assert "never clips" not in whats(advise(made(log_normal()), INFO).warnings)
 
 
+def test_a_limit_that_clips_from_the_alert_on_is_said_to_spare_the_steps_before_it():
+    info = replace(INFO, rules=("global",), multiplying=("global",))
+    records = exploded_at(300)
+    records[301:341] = [replace(record, clipped=True) for record in records[301:341]]
+    warnings = advise(records, info).warnings
+    (warning,) = [point for point in warnings if point.what.startswith("clips no healthy step")]
+    assert "none of the 298 steps before the alert was clipped, 40 later ones were" in warning.what
+    assert "while the run was well" in warning.why
+    assert "never clips" not in whats(warnings)
+
+
+def test_saturation_is_said_to_be_of_the_steps_before_the_alert():
+    info = replace(INFO, rules=("global",), multiplying=("global",))
+    records = [replace(record, clipped=record.step < 298) for record in exploded_at(300)]
+    whats_of = [point.what for point in advise(records, info).warnings]
+    assert "saturated: 100% of the steps before the alert were clipped" in whats_of
+
+
 def test_heavy_tails_are_warned_of_and_ordinary_ones_not():
     assert "heavy-tailed" in whats(advise(made(log_normal(sigma=0.5)), INFO).warnings)
     assert "heavy-tailed" not in whats(advise(made(log_normal(sigma=0.2)), INFO).warnings)
