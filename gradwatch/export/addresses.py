@@ -6,47 +6,75 @@ import errno
 import ipaddress
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-__all__ = ["PORTS_TRIED", "is_loopback", "listen_near", "listening", "local_rank", "reachable"]
+from gradwatch.saying import say
 
-logger = logging.getLogger("gradwatch")
+__all__ = [
+    "PORTS_TRIED", "is_loopback", "listen_near", "listening", "local_rank", "local_size",
+    "reachable",
+]  # fmt: skip
 
 PORTS_TRIED = 16
 BACKLOG = 64
+HIGHEST = 65535
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
 """Set by torchrun, and by SLURM; the first one holds where SLURM has started torchrun."""
+
+MOST_DIGITS = 5
 
 
 def local_rank(environment: Mapping[str, str]) -> int:
     """Which process of its machine this one is, from 0; 0 where nobody says."""
-    said = (environment.get(name, "") for name in LOCAL_RANKS)
-    return next((int(one) for one in said if one.isdecimal()), 0)
+    return _number(environment, LOCAL_RANKS, 0)
 
 
-def listen_near(host: str, first: int, offset: int = 0) -> socket.socket | None:
-    """Listens on `first + offset`, or on the next free one of the 16 from `first` on.
+def local_size(environment: Mapping[str, str]) -> int:
+    """How many processes its machine has; 1 where nobody says."""
+    return _number(environment, LOCAL_SIZES, 1)
+
+
+def _number(environment: Mapping[str, str], names: Sequence[str], otherwise: int) -> int:
+    said = (environment.get(name, "") for name in names)
+    return next(
+        (int(one) for one in said if one.isdecimal() and len(one) <= MOST_DIGITS), otherwise
+    )
+
+
+def listen_near(host: str, first: int, offset: int = 0, siblings: int = 1) -> socket.socket | None:
+    """Listens on `first + offset`, or on a free one of the 16 from `first` on.
 
     One warning where that is another port, or where there is none; a `first` of 0 takes any free
     port.
+
+    Args:
+        siblings: processes of which each has a port from `first` on; theirs are tried last.
     """
     port = first + offset if first else 0
-    last = min(first + max(offset, PORTS_TRIED - 1), 65535) if first else 0
-    for candidate in (*range(port, last + 1), *range(first, port)):
+    last = min(first + max(offset, PORTS_TRIED - 1), HIGHEST) if first else 0
+    theirs = min(max(first + siblings, port + 1), last + 1)
+    others = (*range(theirs, last + 1), *range(port + 1, theirs), *range(first, port))
+    for candidate in (port, *others) if port <= HIGHEST else others:
         try:
             listener = listening(host, candidate)
         except (OSError, OverflowError, UnicodeError) as error:
             if getattr(error, "errno", None) == errno.EADDRINUSE:
                 continue
-            logger.warning("metrics are not served: cannot listen on %s:%d (%s)", host, port, error)
+            say(
+                logging.WARNING,
+                "metrics are not served: cannot listen on %s:%d (%s)", host, port, error,
+            )  # fmt: skip
             return None
         if candidate != port and port:
-            logger.warning(
-                "port %d is taken, metrics are served on port %d instead; choose one with port=",
-                port, candidate,
+            say(
+                logging.WARNING,
+                "port %d %s, metrics are served on port %d instead; choose one with port=",
+                port, "is taken" if port <= HIGHEST else "does not exist", candidate,
             )  # fmt: skip
         return listener
-    logger.warning(
+    say(
+        logging.WARNING,
         "metrics are not served: the ports %d to %d of %s are all taken; choose one with port=",
         first, last, host,
     )  # fmt: skip

@@ -32,6 +32,7 @@ class Endpoint:
         host: str = "127.0.0.1",
         port: int = 9464,
         offset: int = 0,
+        siblings: int = 1,
         health: Callable[[], Mapping[str, object]] = dict,
         title: str = "gradwatch",
         page: Callable[[], str] = str,
@@ -45,6 +46,7 @@ class Endpoint:
             host: the address that is listened on; `0.0.0.0` or `::` for all of them.
             port: the first of 16; 0 for any free one.
             offset: which of them is tried first, from 0.
+            siblings: processes of this machine that have a port each, from `port` on.
             health: what /healthz tells beside `status: ok`.
             title: of the page.
             page: HTML that the page shows beside its links.
@@ -67,7 +69,7 @@ class Endpoint:
         self._pid = os.getpid()
         self._scrapes = Scrapes()
         self._server: Server | None = None
-        listener = listen_near(host, port, offset) if listener is None else listener
+        listener = listen_near(host, port, offset, siblings) if listener is None else listener
         if listener is None:
             return
         address, self.port = listener.getsockname()[:2]

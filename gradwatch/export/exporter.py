@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prometheus_client.exposition import choose_encoder
 
-from gradwatch.export.addresses import local_rank
+from gradwatch.export.addresses import local_rank, local_size
 from gradwatch.export.discovery import Discovery, scheduler_labels
 from gradwatch.export.endpoint import Endpoint
 from gradwatch.export.renderer import OPENMETRICS, TEXT, Renderer
@@ -57,6 +57,7 @@ class Exporter:
             host=host,
             port=port,
             offset=local_rank(os.environ),
+            siblings=local_size(os.environ),
             health=self._health,
             title=tally.info.run,
             on_error=lambda error: tally.hook_error("export"),

@@ -15,6 +15,7 @@ from gradwatch.recording.finding import FOLDER
 from gradwatch.recording.reader import open_recording
 from gradwatch.report.choosing import chosen
 from gradwatch.report.command import print_report
+from gradwatch.saying import one_line
 
 __all__ = ["report_command"]
 
@@ -101,7 +102,7 @@ def report_command(
 def _chosen(recording: Path | None) -> Path:
     path, which = chosen(recording)
     if which:
-        print(f"{path}: {which}", file=sys.stderr)
+        print(f"{one_line(str(path))}: {which}", file=sys.stderr)
     return path
 
 

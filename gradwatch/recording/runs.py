@@ -41,11 +41,17 @@ def runs_in(directory: Path) -> list[Run]:
         RecordingError: there is none.
     """
     runs: list[Run] = []
-    latest: dict[tuple[Path, str], Run] = {}
-    for began, rank, path, name in sorted(map(_told_apart, _recordings_in(directory))):
-        run = latest.get((path.parent, name))
-        if run is None or rank in run.ranks or began - run.began > BEGIN_SECONDS:
-            run = latest[path.parent, name] = Run(name, began)
+    starts: dict[tuple[Path, str], list[Run]] = {}
+    found = map(_told_apart, _recordings_in(directory))
+    for rank, began, path, name in sorted(found):
+        of_name = starts.setdefault((path.parent, name), [])
+        near = [run for run in of_name
+                if rank not in run.ranks and abs(began - run.began) <= BEGIN_SECONDS]  # fmt: skip
+        if near:
+            run = min(near, key=lambda run: abs(began - run.began))
+        else:
+            run = Run(name, began)
+            of_name.append(run)
             runs.append(run)
         run.ranks[rank] = path
     return sorted(
@@ -58,20 +64,25 @@ def _recordings_in(directory: Path) -> list[Path]:
         raise RecordingError(
             f"{directory}: no such recording, and no directory of recordings. {MADE}"
         )
-    found = [*directory.glob("*.sqlite"), *directory.glob("*/*.sqlite")]
+    found: dict[Path, Path] = {}
+    there = [*directory.glob("*.sqlite"), *directory.glob("*/*.sqlite")]
+    for path in sorted(there, key=Path.is_symlink):  # a file goes before the links to it
+        with suppress(OSError, RuntimeError):  # a link to itself
+            if path.is_file():
+                found.setdefault(path.resolve(), path)
     if not found:
         raise RecordingError(f"{directory}: no recording (*.sqlite) in this directory")
-    return found
+    return list(found.values())
 
 
-def _told_apart(path: Path) -> tuple[float, int, Path, str]:
-    """When it began, its rank, and what all ranks of it are called."""
+def _told_apart(path: Path) -> tuple[int, float, Path, str]:
+    """Its rank, when it began, and what all ranks of it are called."""
     found = NAMED.fullmatch(path.name)
     if found is not None:
         name, stamp, rank = found.groups()
         with suppress(ValueError, OverflowError):
-            return time.mktime(time.strptime(stamp, STAMP)), int(rank), path, name
-    return _last_written(path), 0, path, path.name
+            return int(rank), time.mktime(time.strptime(stamp, STAMP)), path, name
+    return 0, _last_written(path), path, path.name
 
 
 def _last_written(path: Path) -> float:

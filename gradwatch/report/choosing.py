@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from gradwatch.errors import RecordingError
 from gradwatch.recording.finding import FOLDER, in_file_name
+from gradwatch.recording.reader import open_recording
 from gradwatch.recording.runs import runs_in
 from gradwatch.saying import one_line
 
@@ -28,8 +30,12 @@ def chosen(named: Path | None) -> tuple[Path, str]:
     folder = folder_of(named)
     if folder is not None:
         runs = runs_in(folder)
+        path, passed_over = _first_readable([run.path for run in runs])
         which = "the only run" if len(runs) == 1 else f"the newest of {len(runs)} runs"
-        return runs[0].path, f"{which} in {folder}"
+        if passed_over:
+            names = ", ".join(one_line(one.name) for one in passed_over)
+            which = f"the newest that can be read ({names} cannot) of {len(runs)} runs"
+        return path, f"{which} in {one_line(str(folder))}"
     assert named is not None
     return (named, "") if os.path.isfile(named) else _of_name(str(named))
 
@@ -39,6 +45,24 @@ def folder_of(named: Path | None) -> Path | None:
     if named is None:
         return Path(FOLDER)
     return named if os.path.isdir(named) else None
+
+
+def _first_readable(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
+    """And those before it.
+
+    Raises:
+        RecordingError: none can be read; what is wrong with the first.
+    """
+    first: RecordingError | None = None
+    for place, path in enumerate(paths):
+        try:
+            open_recording(path).close()
+        except RecordingError as error:
+            first = first or error
+        else:
+            return path, list(paths[:place])
+    assert first is not None
+    raise first
 
 
 def _of_name(name: str) -> tuple[Path, str]:

@@ -135,6 +135,25 @@ def test_each_process_of_a_machine_has_its_own_port_without_a_warning(
     assert caplog.records == []
 
 
+def test_a_process_whose_port_is_taken_leaves_the_others_theirs(busy_tally, monkeypatch):
+    first = free_ports(6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with socket.create_server(("127.0.0.1", first + 1)):
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with closing(Exporter(busy_tally(), port=first)) as displaced:
+            assert displaced.port == first + 4
+            monkeypatch.setenv("LOCAL_RANK", "2")
+            with closing(Exporter(busy_tally(), port=first)) as next_one:
+                assert next_one.port == first + 2
+
+
+def test_a_port_that_does_not_exist_is_said_to_be_none(busy_tally, caplog, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "9999")
+    with closing(Exporter(busy_tally(), port=60_000)) as exporter:
+        assert exporter.port is not None
+    assert "port 69999 does not exist, metrics are served on port" in caplog.text
+
+
 def test_behind_its_own_port_a_process_tries_the_ports_of_its_machine(
     busy_tally, caplog, monkeypatch
 ):

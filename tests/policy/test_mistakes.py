@@ -102,6 +102,8 @@ RULES = {
     "name: 5": "3:5: clip[0].name must be text. Received: 5",
     "name: nonfinite": "3:5: clip[0].name must be another name: this one is taken by the guard. "
     "Received: nonfinite",
+    "name: overflow": "3:5: clip[0].name must be another name: this one is taken by the guard. "
+    "Received: overflow",
     'name: "a\\nb"': "3:5: clip[0].name must be one line of at most 64 characters "
     "without blanks around it. Received: 'a\\nb'",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 
 import pytest
 
@@ -115,6 +116,30 @@ def test_a_file_or_directory_comes_before_a_run_of_its_name(record, capsys):
     record("boom")
     path = record("one", folder="boom")
     assert asked(capsys, "boom")[2] == [f"{path}: the only run in boom"]
+
+
+def test_a_rank_belongs_to_the_start_that_is_nearest(record, capsys):
+    record("gpt")  # a try of one process, two minutes before
+    record("gpt", started=BEGAN + 121)
+    record("gpt", rank=1, started=BEGAN + 120)
+    code, _, err = asked(capsys)
+    assert code == 0
+    assert "rank0.sqlite: the newest of 2 runs in" in err[0]
+    assert time.strftime("%H%M%S", time.localtime(BEGAN + 121)) in err[0]
+
+
+def test_what_cannot_be_read_hides_no_run(record, capsys):
+    good = record("good")
+    good.with_name("gone.sqlite").symlink_to("/nowhere/at/all.sqlite")
+    good.with_name("again.sqlite").symlink_to(good.name)
+    assert asked(capsys)[2] == [f"{good}: the only run in gradwatch-runs"]
+    good.with_name("bad-20300101-000000-rank0.sqlite").write_bytes(b"no recording")
+    code, _, err = asked(capsys)
+    assert code == 0
+    assert err == [
+        f"{good}: the newest that can be read (bad-20300101-000000-rank0.sqlite cannot) "
+        "of 2 runs in gradwatch-runs"
+    ]
 
 
 @pytest.mark.parametrize("command", ["report", "top"])
