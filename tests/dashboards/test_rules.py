@@ -111,6 +111,24 @@ def test_every_description_gives_a_value_and_what_to_do_first(
         assert " First " in rule["annotations"]["description"]
 
 
+def test_the_text_of_what_happened_at_one_moment_asks_for_no_value_of_now() -> None:
+    """The run may have recovered or ended by the time that it is read."""
+    for alert in all_alerts():
+        if alert.events:
+            behind = re.findall(r"gradwatch_\w+\{[^}]*\}(.)", alert.description)
+            assert set(behind) <= {"["}, alert.name
+
+
+def test_a_count_that_is_not_there_is_none_or_0_and_never_unknown() -> None:
+    for alert in all_alerts():
+        for query in re.findall(r"printf `([^`]*)`", alert.description):
+            is_count = query.startswith(
+                ("count(", "sum(max by", "sum(max_over_time(gradwatch_hook")
+            )
+            assert not is_count or query.endswith("or vector(0)"), alert.name
+        assert "range" not in alert.description or "{{ else }}none" in alert.description
+
+
 def test_the_runbook_link_is_added_to_every_alert_and_a_parameter() -> None:
     text = build_rules(runbook_url="https://wiki.example/book")[RULES]
     links = {r["alert"]: r["annotations"]["runbook_url"] for r in _rules(text) if "alert" in r}
