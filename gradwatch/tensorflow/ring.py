@@ -45,7 +45,11 @@ class GraphRing:
             here = tf.equal(tf.range(self.slots), slot)[:, None]
             self._rows.assign(tf.where(here, row[None, :], self._rows.read_value()))
         else:
-            self._rows.scatter_update(tf.IndexedSlices(row[None, :], tf.reshape(slot, [1])))
+            # scatter_update holds the lock that it shares with those who read: rows were torn.
+            tf.raw_ops.ResourceScatterNdUpdate(
+                ref=self._rows.handle, indices=tf.reshape(slot, [1, 1]), updates=row[None, :],
+                use_locking=True,
+            )  # fmt: skip
 
     def read(self) -> list[tuple[int, npt.NDArray[np.float64]]]:
         """The rows that were written since, oldest first, each with its step."""
