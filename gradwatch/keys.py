@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import select
 import sys
@@ -47,13 +48,13 @@ def typed_keys() -> Iterator[Typed | None]:
 
 
 def _terminal() -> int | None:
+    if importlib.util.find_spec("termios") is None:  # Windows
+        return None
     try:
-        import termios  # noqa: F401 - Windows has none
-
         if sys.stdin is None or not sys.stdin.isatty():
             return None
         terminal = sys.stdin.fileno()
-    except (ImportError, OSError, ValueError):
+    except (OSError, ValueError):
         return None
     # Of one that does not control this process there is no foreground.
     with suppress(OSError):

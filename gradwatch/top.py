@@ -27,10 +27,9 @@ from gradwatch.errors import RecordingError
 from gradwatch.keys import typed_keys
 from gradwatch.page.grid import Grid
 from gradwatch.page.watched import Seen, Watched
-from gradwatch.recording.finding import FOLDER
 from gradwatch.recording.runs import runs_in
 from gradwatch.report.card import printable
-from gradwatch.report.choosing import chosen, folder_of
+from gradwatch.report.choosing import Named, chosen, folder_of
 from gradwatch.report.findings import ORDER, listed, most_urgent
 from gradwatch.report.moments import duration
 from gradwatch.report.standing import RECENT
@@ -84,14 +83,7 @@ Part = Callable[[int], list[Text]]
 
 
 def top_command(
-    recording: Annotated[
-        Path | None,
-        typer.Argument(
-            help="A recording, a directory whose newest run is meant, or the name of a run in "
-            f"{FOLDER}, of which the last start is meant.",
-            show_default=f"the newest run in {FOLDER}",
-        ),
-    ] = None,
+    recording: Named = None,
     every: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, help="Between two looks.")
     ] = 1.0,

@@ -184,8 +184,8 @@ def _precision(thresholds: Thresholds) -> Alert:
 
 def _loss(thresholds: Thresholds) -> Alert:
     window = duration(thresholds.window_seconds)
-    loss = f"last_over_time(gradwatch_loss{{SELF}}[{window}])"
-    largest = now(f"max({loss.replace('last_', 'max_')})")
+    since = f"over_time(gradwatch_loss{{SELF}}[{window}])"
+    largest, last = now(f"max(max_{since})"), now(f"max(last_{since})")
     spike, slow = ("loss_spike",), ("diverging",)
     return Alert(
         name="GradwatchLossRising",
@@ -197,7 +197,7 @@ def _loss(thresholds: Thresholds) -> Alert:
         summary="The loss of run {{ $labels.run }} rises.",
         description=(
             f"Its largest value of the last {words(thresholds.window_seconds)} is {largest}, its "
-            f"last one {now(f'max({loss})')}. "
+            f"last one {last}. "
             "First see whether the norm rose before it: then it is the optimization (learning "
             "rate, warm-up); a loss that rises alone is the data."
         ),

@@ -11,9 +11,8 @@ from typing import Annotated
 import typer
 
 from gradwatch.errors import GradwatchError
-from gradwatch.recording.finding import FOLDER
 from gradwatch.recording.reader import open_recording
-from gradwatch.report.choosing import chosen
+from gradwatch.report.choosing import Named, chosen
 from gradwatch.report.command import print_report
 from gradwatch.saying import one_line
 
@@ -34,14 +33,7 @@ SUFFIXES = {".html": Format.html, ".htm": Format.html, ".md": Format.md, ".png":
 
 
 def report_command(
-    recording: Annotated[
-        Path | None,
-        typer.Argument(
-            help="A recording, a directory whose newest run is meant, or the name of a run in "
-            f"{FOLDER}, of which the last start is meant.",
-            show_default=f"the newest run in {FOLDER}",
-        ),
-    ] = None,
+    recording: Named = None,
     last_anomaly: Annotated[
         bool,
         typer.Option(

@@ -17,6 +17,7 @@ from typing import Any
 
 from gradwatch.errors import RecordingError
 from gradwatch.records import Anomaly, Culprit, Level, RunInfo, StepRecord
+from gradwatch.rules.guard import was_dropped
 
 __all__ = [
     "BOUND_CARDS",
@@ -96,8 +97,7 @@ class Card:
     @property
     def was_dropped(self) -> bool:
         """Whether the step was not taken. What a policy in shadow mode would have skipped was."""
-        is_applied = self.environment.get("mode") == "enforce" or self.skipped == "overflow"
-        return self.skipped is not None and is_applied
+        return was_dropped(self.skipped, self.environment.get("mode") == "enforce")
 
     @property
     def loss(self) -> float:

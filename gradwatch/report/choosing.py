@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from gradwatch.errors import RecordingError
 from gradwatch.recording.finding import FOLDER, in_file_name
@@ -12,7 +15,17 @@ from gradwatch.recording.reader import open_recording
 from gradwatch.recording.runs import runs_in
 from gradwatch.saying import one_line
 
-__all__ = ["chosen", "folder_of"]
+__all__ = ["Named", "chosen", "folder_of"]
+
+Named = Annotated[
+    Path | None,
+    typer.Argument(
+        help="A recording, a directory whose newest run is meant, or the name of a run in "
+        f"{FOLDER}, of which the last start is meant.",
+        show_default=f"the newest run in {FOLDER}",
+    ),
+]
+"""What a command is given, as `chosen` takes it."""
 
 MOST_NAMES = 20
 

@@ -94,8 +94,8 @@ def verdict(known: Known, now: float | None = None) -> Verdict:
     Args:
         now: in Unix time.
     """
-    said = _verdict(known, time.time() if now is None else now)
     blind = blinding(known.anomalies, known.latest, known.after)
+    said = _verdict(known, time.time() if now is None else now, blind)
     if blind is None or (said.card is not None and said.card.kind == BLINDING):
         return said
     first = f"first {OTHERWISE[BLINDING]} (found at step {blind.step})"
@@ -105,7 +105,7 @@ def verdict(known: Known, now: float | None = None) -> Verdict:
     return replace(said, lines=lines)
 
 
-def _verdict(known: Known, now: float) -> Verdict:
+def _verdict(known: Known, now: float, blind: Anomaly | None) -> Verdict:
     alerts = _alerts(known)
     if known.step is None:
         return Verdict(health="unknown", headline=f"No step yet; the run is {known.state}")
@@ -142,7 +142,6 @@ def _verdict(known: Known, now: float) -> Verdict:
         return _over(known, alerts)
     warnings = [one for one in known.anomalies if one.level == "warning"]
     if warnings:
-        blind = blinding(known.anomalies, known.latest, known.after)
         last = blind or warnings[-1]
         card = _card_at(known, last.step, last.kind)
         if blind is not None:

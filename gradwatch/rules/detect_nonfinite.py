@@ -18,7 +18,7 @@ import numpy.typing as npt
 from gradwatch.records import Anomaly, Bools, Level, StepRecord
 from gradwatch.rules.detect_reading import LISTED, Reading
 from gradwatch.rules.episodes import Episodes
-from gradwatch.rules.guard import OVERFLOW
+from gradwatch.rules.guard import was_dropped
 
 __all__ = ["CLEAR_AFTER", "Nonfinite", "finding_of", "is_overflow"]
 
@@ -140,6 +140,6 @@ def _outcome(record: StepRecord, is_shadow: bool) -> str:
     if record.skipped is None:
         return ""
     scale = f" at loss scale {record.loss_scale:g}" if math.isfinite(record.loss_scale) else ""
-    if is_shadow and record.skipped != OVERFLOW:
-        return f"; the step was taken{scale}, mode: enforce would have skipped it"
-    return f"; the step was skipped{scale}"
+    if was_dropped(record.skipped, is_applied=not is_shadow):
+        return f"; the step was skipped{scale}"
+    return f"; the step was taken{scale}, mode: enforce would have skipped it"

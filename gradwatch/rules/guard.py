@@ -13,7 +13,7 @@ from typing import Any
 from gradwatch.policy import Guard
 from gradwatch.rules.clipping import Rule
 
-__all__ = ["NONFINITE", "OVERFLOW", "SkipHistory", "Verdict", "judge"]
+__all__ = ["NONFINITE", "OVERFLOW", "SkipHistory", "Verdict", "judge", "was_dropped"]
 
 NONFINITE = "nonfinite"
 OVERFLOW = "overflow"
@@ -92,3 +92,13 @@ def _spent(guard: Guard, history: SkipHistory) -> str | None:
         skips, span = len(history.recent), guard.budget.steps
         return f"{skips} of the last {span} steps skipped, guard.budget is {guard.budget.skips}"
     return None
+
+
+def was_dropped(skipped: str | None, is_applied: bool) -> bool:
+    """Whether a recorded skip has kept a step from being taken.
+
+    Args:
+        skipped: its reason, None of a step that was taken.
+        is_applied: whether the policy's decisions are; a loss scaler's always are.
+    """
+    return skipped is not None and (is_applied or skipped == OVERFLOW)
