@@ -32,7 +32,12 @@ def test_the_demos_faults_raise_the_same_alerts_from_keras(request, tmp_path):
         recent = f"max_over_time(({query})[5m:1s])"
         wait_until(query, 20, lambda recent=recent: monitoring.value(recent))
     assert monitoring.value('max_over_time(up{job="gradwatch"}[5m])')
-    assert not monitoring.value('max_over_time(ALERTS{run="keras-none"}[5m])')
+    # The share of clipped steps of a run that has just begun is a guess of few scrapes: that alert
+    # waits for minutes, and is pending at times meanwhile.
+    fired = 'ALERTS{run="keras-none",alertstate="firing"}'
+    pending = 'ALERTS{run="keras-none",alertname!="GradwatchClippingSaturated"}'
+    assert not monitoring.value(f"max_over_time({fired}[5m])")
+    assert not monitoring.value(f"max_over_time({pending}[5m])")
     paged = {page["groupLabels"]["run"] for _, page in monitoring.pager.pages}
     assert {"keras-lr", "keras-loss", "keras-nan"} <= paged
     assert "keras-none" not in paged
