@@ -36,7 +36,7 @@ __all__ = ["Consumer"]
 
 Found = TypeVar("Found")
 
-WAKE_SECONDS = 0.1
+WAKE_SECONDS = 0.2
 OPEN_SECONDS = 1.0
 """After which a record is looked at that the next step has not closed."""
 
@@ -119,6 +119,10 @@ class Consumer:
 
         self._open_since = (-1, 0.0)
         self.urgency = Urgency(self.wake)
+        self.rest_seconds = WAKE_SECONDS
+        """Until it wakes by itself: finding nothing it needs in the caches, which the trainer has
+        filled since."""
+
         self._handling = threading.RLock()  # a callback may save the state
         self._idle = threading.Condition()
         self._rounds = 0
@@ -185,7 +189,7 @@ class Consumer:
             if stopping:
                 self._guarded("recording", self._end)
                 return
-            self._wakeup.wait(URGENT_WAKE_SECONDS if self._is_urgent() else WAKE_SECONDS)
+            self._wakeup.wait(URGENT_WAKE_SECONDS if self._is_urgent() else self.rest_seconds)
             self._wakeup.clear()
 
     def _end(self) -> None:

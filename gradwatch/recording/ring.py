@@ -137,7 +137,7 @@ class _Memory:
         info, bits = self.info, int(row["logged"])
         scalars = {
             bytes(self.names[i]).decode("utf-8", "replace"): float(row["scalars"][i])
-            for i in range(NAMES)
+            for i in range(bits.bit_length())
             if bits >> i & 1
         }
         fired, skipped = int(row["fired"]), int(row["skipped"])

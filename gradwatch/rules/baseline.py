@@ -108,6 +108,12 @@ class Baseline:
         self.calm_L: Float64s
         """Below it a value counts towards the end of an episode: half way to `bound_L`."""
 
+        self.calm_low_L: Float64s
+        """The same of a low one: above it, half way to `low_L`."""
+
+        self.median_L: Float64s
+        """exp(center)."""
+
         self._band = band
         self._scale_L: Float64s = np.full(num_layers, band.floor)
         self._settled_L: Bools = np.zeros(num_layers, dtype=np.bool_)
@@ -127,8 +133,12 @@ class Baseline:
         """
         rows = self._everyone if accepted_L is None else np.flatnonzero(accepted_L)
         values = np.minimum(y_L, self._cap_L)
-        self._values_LW[rows, self._taken_L[rows] % self._band.window] = values[rows]
-        self._taken_L[rows] += 1
+        if accepted_L is None:
+            self._values_LW[rows, self._taken_L % self._band.window] = values
+            self._taken_L += 1
+        else:
+            self._values_LW[rows, self._taken_L[rows] % self._band.window] = values[rows]
+            self._taken_L[rows] += 1
         if self._any_wary:
             self._relax(rows)
 
@@ -145,9 +155,11 @@ class Baseline:
         warmup = self._band.warmup
         held_L = np.minimum(self._taken_L, self._band.window)
         ready_L = held_L >= np.where(self._settled_L, warmup, min(EARLY, warmup))
-        for held in np.unique(held_L[ready_L]):
+        for held in set(held_L[ready_L].tolist()):
             rows = np.flatnonzero(ready_L & (held_L == held))
-            center, mad = median_and_mad(self._values_LW[rows, :held])
+            everyone = len(rows) == len(held_L)
+            values = self._values_LW[:, :held] if everyone else self._values_LW[rows, :held]
+            center, mad = median_and_mad(values)
             self.center_L[rows] = center
             self._scale_L[rows] = np.maximum(mad, self._band.floor)
         self._settled_L |= held_L >= warmup
@@ -213,18 +225,25 @@ class Baseline:
         """Bounds follow from the arrays alone, so that a restored baseline has the same ones."""
         wary_L = self._wary_L > 0
         self._any_wary = bool(wary_L.any())
-        spread_L = self._band.z * self._scale_L
-        usual_L = np.maximum(spread_L, math.log(self._band.times))
-        usual_L = usual_L + np.where(self._young_L, np.minimum(usual_L / 2, math.log(YOUNG)), 0)
-        far_L = np.where(self._settled_L, np.maximum(usual_L, math.log(FAR)), math.log(FAR))
         trusted_L = self._settled_L & ~wary_L
-        reach_L = np.where(trusted_L, usual_L, far_L)
-        within_L = np.where(trusted_L, spread_L, far_L)
-        self.bound_L = self._above_center(reach_L)
-        self.wary_bound_L = self._above_center(far_L)
-        self.low_L = np.where(trusted_L, self.center_L - usual_L, -np.inf)
-        self.calm_L = self._above_center(within_L / 2)
-        self._cap_L = self._above_center(within_L)
-
-    def _above_center(self, distance_L: Float64s) -> Float64s:
-        return np.where(np.isnan(self.center_L), np.inf, self.center_L + distance_L)
+        all_trusted = np.count_nonzero(trusted_L) == len(trusted_L)
+        spread_L = within_L = self._band.z * self._scale_L
+        usual_L = reach_L = np.maximum(spread_L, math.log(self._band.times))
+        if np.count_nonzero(self._young_L):
+            more_L = np.where(self._young_L, np.minimum(usual_L / 2, math.log(YOUNG)), 0)
+            usual_L = reach_L = usual_L + more_L
+        far_L = np.maximum(usual_L, math.log(FAR))
+        center_L, low_L = self.center_L, self.center_L - usual_L
+        if not all_trusted:
+            far_L = np.where(self._settled_L, far_L, math.log(FAR))
+            reach_L = np.where(trusted_L, usual_L, far_L)
+            within_L = np.where(trusted_L, spread_L, far_L)
+            low_L = np.where(trusted_L, low_L, -np.inf)
+            center_L = np.where(np.isnan(center_L), np.inf, center_L)
+        self.bound_L = center_L + reach_L
+        self.wary_bound_L = center_L + far_L
+        self.low_L = low_L
+        self.calm_L = center_L + within_L / 2
+        self.calm_low_L = self.center_L - (self.center_L - low_L) / 2
+        self._cap_L = center_L + within_L
+        self.median_L = np.exp(self.center_L)

@@ -48,9 +48,8 @@ class LossSpike:
             return None
         y = np.array([math.log(loss)])
         baseline = self._baseline
-        expected = np.exp(baseline.center_L)
         hit, calm = y > baseline.bound_L, y < baseline.calm_L
-        return Judgement(hit, calm, ALL, np.array([loss]), expected)
+        return Judgement(hit, calm, ALL, np.array([loss]), baseline.median_L)
 
     def learn(self, reading: Reading, open_S: Bools) -> None:
         self._note_rate(reading.record.learning_rate)
@@ -105,10 +104,13 @@ class Diverging:
         median = float(ordered[(config.over - 1) // 2] + ordered[config.over // 2]) / 2
         best = float(self._best[0])
         self._best[0] = min(best, median)
-        begun = float(np.median(self._first[: min(FIRST, count + 1)]))
-        away = median > config.times * best and median > config.share * begun
+        away = median > config.times * best and median > config.share * self._begun(count + 1)
         hit = np.array([away and count + 1 >= config.after])
         return Judgement(hit, np.array([not away]), ALL, np.array([median]), np.array([best]))
+
+    def _begun(self, count: int) -> float:
+        """The median of the first losses, of so many in all."""
+        return float(np.median(self._first[: min(FIRST, count)]))
 
     def learn(self, reading: Reading, open_S: Bools) -> None:
         """Everything was taken in when it was judged: the best is never that of an episode."""

@@ -39,11 +39,10 @@ class Collapsed:
         baseline = self._baseline
         judged_P = np.isfinite(norms_P) & reading.record.present_P
         hit_P = y_P < baseline.low_L
-        if hit_P.any():
+        if np.count_nonzero(hit_P):
             hit_P &= baseline.center_L - y_P > self._fall_of_loss(reading) + ALIKE
         return Judgement(
-            hit_P, y_P > baseline.center_L - (baseline.center_L - baseline.low_L) / 2, judged_P,
-            norms_P, np.exp(baseline.center_L),
+            hit_P, y_P > baseline.calm_low_L, judged_P, norms_P, baseline.median_L
         )  # fmt: skip
 
     def _fall_of_loss(self, reading: Reading) -> float:
@@ -57,9 +56,10 @@ class Collapsed:
         if reading.learns and not reading.stale:
             norms_P = reading.record.tensor_norms_P
             accepted_P = (norms_P > 0) & np.isfinite(norms_P) & reading.record.present_P & ~open_S
-            self._baseline.accept(self._y_P, None if accepted_P.all() else accepted_P)
+            everyone = np.count_nonzero(accepted_P) == len(accepted_P)
+            self._baseline.accept(self._y_P, None if everyone else accepted_P)
             loss = loss_of(reading)
-            if loss is not None and not open_S.any():
+            if loss is not None and not np.count_nonzero(open_S):
                 self._loss.accept(np.array([math.log(loss)]))
                 self._loss.end_record()
         self._baseline.end_record()

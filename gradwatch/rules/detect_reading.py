@@ -97,7 +97,8 @@ def read(
 ) -> Reading:
     norms_L = layout.layer_norms(record.tensor_norms_P)
     finite_L = np.isfinite(norms_L)
-    judged_L = finite_L if record.present_P.all() else finite_L & record.present_L
+    everywhere = np.count_nonzero(record.present_P) == len(record.present_P)
+    judged_L = finite_L if everywhere else finite_L & record.present_L
     usable_L = judged_L & (norms_L > 0)
     return Reading(
         record=record,
@@ -105,9 +106,9 @@ def read(
         log_norms_L=np.log(np.maximum(norms_L, LEAST)),
         judged_L=judged_L,
         usable_L=usable_L,
-        all_usable=bool(usable_L.all()),
+        all_usable=np.count_nonzero(usable_L) == len(usable_L),
         finite_L=finite_L,
-        all_finite=math.isfinite(record.total_norm) and bool(finite_L.all()),
+        all_finite=math.isfinite(record.total_norm) and np.count_nonzero(finite_L) == len(finite_L),
         learns=record.skipped is None and not odd,
         stale=stale,
         odd=odd,

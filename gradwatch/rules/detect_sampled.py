@@ -198,7 +198,7 @@ class Lost:
 
     def learn(self, reading: Reading, open_S: Bools) -> None:
         known_L = ~np.isnan(self._share_L) & ~open_S
-        if not known_L.any():
+        if not np.count_nonzero(known_L):
             return
         # Not what is far above: half a window later it would be the median.
         with np.errstate(all="ignore"):

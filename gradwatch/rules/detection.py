@@ -65,7 +65,7 @@ class Detection:
         self._last_step = record.step
         for change in self._regime.update(record):
             self._begin_anew(change)
-        stale = np.array_equal(record.tensor_norms_P, self._last_norms_P)
+        stale = not np.count_nonzero(record.tensor_norms_P != self._last_norms_P)
         np.copyto(self._last_norms_P, record.tensor_norms_P)
         reading = read(
             self._layout,

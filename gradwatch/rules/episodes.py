@@ -5,6 +5,9 @@
 An episode opens with `need` hits among the last `of` judged steps of a layer and closes after
 `clear_after` calm ones in a row. Steps in which a layer is not judged (it had no gradient, or one
 that is not finite) leave it as it is. Nothing here knows what a hit means.
+
+Of a short array `np.count_nonzero` tells in a fifth of the time of `any` and `all` whether one is
+true; here and in what else runs for each record.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class Episodes:
 
     def passed_by(self, hit_L: Bools) -> bool:
         """Takes a record in of which nothing needs to be remembered; False where something does."""
-        if not self._quiet or hit_L.any():
+        if not self._quiet or np.count_nonzero(hit_L):
             return False
         self._clock[0] += 1
         return True
@@ -66,7 +69,7 @@ class Episodes:
             within `SPREAD` records.
         """
         self._clock[0] += 1
-        if self._quiet and not hit_L.any():
+        if self._quiet and not np.count_nonzero(hit_L):
             return NOBODY
         self._count(step, hit_L, judged_L)
         had_open = self.any_open

@@ -131,8 +131,8 @@ def unpack(vector: Any, num_rules: int, num_measures: int = 0) -> Reading:
         float(x) for x in vector[:PLAIN]
     )
     behind = PLAIN + 2 * num_rules
-    norms_Q, kept_Q, *measures = np.split(
-        np.asarray(vector[behind:], dtype=np.float32), 2 + num_measures
+    norms_Q, kept_Q, *measures = np.asarray(vector[behind:], dtype=np.float32).reshape(
+        2 + num_measures, -1
     )
     return Reading(
         total_norm=total_norm,

@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from gradwatch.errors import GradwatchError
-from gradwatch.tensorflow.applying import replicas
+from gradwatch.tensorflow.applying import replicas, unconverted
 from gradwatch.tensorflow.ring import variable
 
 __all__ = ["Accumulator"]
@@ -56,6 +56,7 @@ class Accumulator:
         self.count = 0
         return True
 
+    @unconverted
     def add(self, grads: Sequence[Any], weight: Any = None) -> None:
         """Adds the gradient of one micro-batch, in a graph or eagerly.
 
@@ -81,6 +82,7 @@ class Accumulator:
         self._weight.assign_add(by)
         self._micro_batches.assign_add(tf.ones(()))
 
+    @unconverted
     def take(self) -> list[Any]:
         """The gradient of the window, which is empty then. Of several replicas each has its part:
         their sum, as an optimizer takes it, is the gradient.

@@ -12,14 +12,32 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 from gradwatch.errors import AttachError
 
-__all__ = ["Update", "is_all_on_cpu", "is_compiled_here", "plain", "replicas", "summed", "unless"]
+__all__ = [
+    "Update",
+    "is_all_on_cpu",
+    "is_compiled_here",
+    "plain",
+    "replicas",
+    "summed",
+    "unconverted",
+    "unless",
+]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def unconverted(function: Function) -> Function:
+    """Left as it is in a `tf.function` of the user's: AutoGraph would rewrite all of gradwatch that
+    is called from there, and warns of what it cannot."""
+    return cast(Function, tf.autograph.experimental.do_not_convert(function))
 
 
 def replicas() -> int:

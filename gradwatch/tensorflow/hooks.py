@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gradwatch.errors import AttachError
-from gradwatch.tensorflow.applying import unless
+from gradwatch.tensorflow.applying import unconverted, unless
 from gradwatch.tensorflow.frameworks import hooked_name, is_keras
 from gradwatch.tensorflow.notes import NoteOfTrace
 
@@ -69,7 +69,8 @@ class OptimizerHook:
             decide(list(grads), list(variables))
             return optimizer.iterations
 
-        self._entries.put(hooked_name(optimizer), apply if is_keras(optimizer) else apply_gradients)
+        method = apply if is_keras(optimizer) else apply_gradients
+        self._entries.put(hooked_name(optimizer), unconverted(method))
 
     def remove(self) -> None:
         self._entries.remove()

@@ -19,11 +19,15 @@ from gradwatch.rules.arrays import NUMPY
 from gradwatch.rules.culprit import Clues, Forward
 from gradwatch.tensorflow.decisions import Decisions
 
-__all__ = ["GraphSteps", "ReadingThread"]
+__all__ = ["REST_SECONDS", "GraphSteps", "ReadingThread"]
 
-REST_SECONDS = 0.2
+REST_SECONDS = 0.5
 """Between two reads at most. Each takes the interpreter from the trainer, and finds nothing of
 what it needs in the caches: ten rows at once cost little more than one."""
+
+FIRST_REST_SECONDS = 0.05
+"""While nobody knows how long a step is. It grows no faster than twofold: the first one is traced
+and tells nothing of the others."""
 
 FULL = 0.25
 """Of a ring, at which it is read sooner."""
@@ -47,7 +51,7 @@ class GraphSteps:
         self.take_sample: Callable[[int, Any], None] = lambda step, sampled: None
         """Takes a sample, by step."""
 
-        self.rest_seconds = REST_SECONDS
+        self.rest_seconds = FIRST_REST_SECONDS
         """How long there is nothing to read that would be lost."""
 
         self._decisions = decisions
@@ -60,7 +64,8 @@ class GraphSteps:
         before, self._last = self._last, (time.time(), time.perf_counter())
         if rows:
             per_row = (self._last[1] - before[1]) / len(rows)
-            self.rest_seconds = min(REST_SECONDS, FULL * self._decisions.ring.slots * per_row)
+            to_full = FULL * self._decisions.ring.slots * per_row
+            self.rest_seconds = min(REST_SECONDS, to_full, 2 * self.rest_seconds)
         for i, (number, trace, facts, packed) in enumerate(rows, start=1):
             unix, counter = (
                 then + (now - then) * i / len(rows)
@@ -119,7 +124,7 @@ class ReadingThread:
             self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        rest = REST_SECONDS
+        rest = FIRST_REST_SECONDS
         while not self._ended.wait(rest):
             method = self._method()
             if method is None:

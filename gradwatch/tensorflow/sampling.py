@@ -148,6 +148,7 @@ class GraphSampler:
                 continue
             if is_compiled_here():  # in other steps the same element again and again
                 places = places * tf.cast(is_due, tf.int64)
+            # Gathered from a variable itself, all later reads of it would be copies.
             flat = tf.reshape(tf.convert_to_tensor(tensor), [-1])
             row = tf.cast(tf.gather(flat, places), tf.float32)
             rows.append(tf.pad(row, [[0, self._widest - count]]))

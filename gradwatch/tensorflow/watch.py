@@ -14,7 +14,7 @@ from gradwatch.records import Layout, StepRecord
 from gradwatch.rule_notes import say_anew
 from gradwatch.run_info import run_info
 from gradwatch.tensorflow.accumulate import Accumulator
-from gradwatch.tensorflow.applying import Update, replicas, summed
+from gradwatch.tensorflow.applying import Update, replicas, summed, unconverted
 from gradwatch.tensorflow.decisions import Decisions, Facts
 from gradwatch.tensorflow.frameworks import (
     build,
@@ -35,7 +35,7 @@ from gradwatch.tensorflow.hooks import (
 from gradwatch.tensorflow.layers import described, device_of, trainable_of
 from gradwatch.tensorflow.notes import NoteOfTrace
 from gradwatch.tensorflow.places import Places
-from gradwatch.tensorflow.reader import GraphSteps, ReadingThread
+from gradwatch.tensorflow.reader import REST_SECONDS, GraphSteps, ReadingThread
 from gradwatch.tensorflow.refusals import (
     refuse_clipping_optimizer,
     refuse_for_torch,
@@ -53,7 +53,7 @@ __all__ = ["TFWatch"]
 class TFWatch(Watch):
     """Watches the trainable variables of a model, in every graph that its optimizer is traced in.
 
-    A step is decided in the graph and read by a thread some 0.2 s later.
+    A step is decided in the graph and read by a thread some 0.5 s later.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class TFWatch(Watch):
         except BaseException:
             self.close()
             raise
+        self.pipeline.consumer.rest_seconds = 2 * REST_SECONDS  # it is woken when steps were read
         self._thread = ReadingThread(self._read)
 
     def _hook(self, model: Any, optimizer: Any) -> None:
@@ -140,6 +141,7 @@ class TFWatch(Watch):
 
     # In a graph, or eagerly
 
+    @unconverted
     def process(
         self,
         grads: Sequence[Any] | None = None,
@@ -182,6 +184,7 @@ class TFWatch(Watch):
         facts = Facts(micro_batches=micro_batches, weight=weight)
         return self._ruled(list(grads), list(variables), facts, loss_scale)[0]()
 
+    @unconverted
     def apply_gradients(self, optimizer: Any, grads_and_vars: Iterable[tuple[Any, Any]]) -> None:
         """Lets an optimizer make its update as the policy says, in any replica context.
 
@@ -346,6 +349,7 @@ class TFWatch(Watch):
             and not self._decisions.has_stopped()
         ):
             self._decisions.stop()
+        self.pipeline.consumer.wake()
         return self._steps.rest_seconds
 
     def _number(self, value: SupportsFloat) -> float:

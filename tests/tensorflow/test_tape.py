@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import logging.handlers
+
 import keras
 import numpy as np
 import pytest
@@ -223,3 +226,34 @@ def test_a_gradient_that_the_loop_clips_itself_is_noticed(attach):
     train(model, step)
     watch.flush()
     assert [a.kind for one in watch.history(STEPS) for a in one.anomalies] == ["clipped_elsewhere"]
+
+
+@pytest.mark.parametrize("way", ["process", "apply", "apply_gradients", "accumulator"])
+def test_a_loop_that_is_compiled_hears_nothing_of_autograph(way, attach):
+    model, optimizer = network(), keras.optimizers.SGD(1e-2)
+    optimizer.build(model.trainable_variables)
+    watch = attach(model, *([optimizer] if way == "apply" else []), policy=ZERO)
+    window = watch.accumulator(every=1)
+
+    @tf.function(jit_compile=True)
+    def step(x, y):
+        grads = gradients(model, x, y)
+        if way == "accumulator":
+            window.add(grads)
+            grads = window.take()
+        if way == "process":
+            grads = watch.process(grads, model.trainable_variables)
+        if way in ("process", "apply"):
+            optimizer.apply(grads, model.trainable_variables)
+        else:
+            watch.apply_gradients(optimizer, zip(grads, model.trainable_variables, strict=True))
+
+    said = logging.handlers.BufferingHandler(100)
+    tf.get_logger().addHandler(said)
+    try:
+        train(model, step, 1)
+    finally:
+        tf.get_logger().removeHandler(said)
+    assert [record.getMessage() for record in said.buffer] == []
+    watch.flush()
+    assert watch.latest.step == 0
