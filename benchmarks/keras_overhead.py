@@ -34,7 +34,9 @@ LAYERS = 13
 """Of two variables each."""
 
 BATCH = 32
-BLOCK_SECONDS = 1.0
+BLOCK_SECONDS = 4.0
+"""At its end the trainer waits for half a second's records, as no run does."""
+
 PAIRS = 8
 CLIPS = "tensorflow"
 """The policy of who clips by itself."""

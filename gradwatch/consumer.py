@@ -36,7 +36,7 @@ __all__ = ["Consumer"]
 
 Found = TypeVar("Found")
 
-WAKE_SECONDS = 0.2
+WAKE_SECONDS = 0.1
 OPEN_SECONDS = 1.0
 """After which a record is looked at that the next step has not closed."""
 

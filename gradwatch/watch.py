@@ -74,7 +74,7 @@ class Watch:
     def history(self, count: int) -> list[StepRecord]:
         """The newest records, oldest first; at most the 256 that are kept in memory.
 
-        Anomalies are found on another thread, some 0.2 s later: `flush()` first to have them all.
+        Anomalies are found on another thread, some 0.1 s later: `flush()` first to have them all.
         """
         handled = self.pipeline.consumer.finished()
         found = []
@@ -102,7 +102,7 @@ class Watch:
         """The first step behind the last alert; None while one is open.
 
         A checkpoint of step s is to be trusted once `healthy_since <= s` still holds some fifty
-        steps later. Records are diagnosed some 0.2 s late: `flush()` first.
+        steps later. Records are diagnosed some 0.1 s late: `flush()` first.
         """
         consumer = self.pipeline.consumer
         return None if consumer.open_anomalies() else consumer.unhealthy + 1
