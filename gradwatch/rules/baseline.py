@@ -133,12 +133,8 @@ class Baseline:
         """
         rows = self._everyone if accepted_L is None else np.flatnonzero(accepted_L)
         values = np.minimum(y_L, self._cap_L)
-        if accepted_L is None:
-            self._values_LW[rows, self._taken_L % self._band.window] = values
-            self._taken_L += 1
-        else:
-            self._values_LW[rows, self._taken_L[rows] % self._band.window] = values[rows]
-            self._taken_L[rows] += 1
+        self._values_LW[rows, self._taken_L[rows] % self._band.window] = values[rows]
+        self._taken_L[rows] += 1
         if self._any_wary:
             self._relax(rows)
 

@@ -112,8 +112,13 @@ class GraphSteps:
 class ReadingThread:
     """Calls a method for as long as its object lives, and rests for the seconds that it returns."""
 
-    def __init__(self, method: Callable[[], float]) -> None:
+    def __init__(self, method: Callable[[], float], rest: float) -> None:
+        """
+        Args:
+            rest: seconds before the first call.
+        """
         self._method = weakref.WeakMethod(method)
+        self._rest = rest
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gradwatch-graph", daemon=True)
         self._thread.start()
@@ -124,7 +129,7 @@ class ReadingThread:
             self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        rest = FIRST_REST_SECONDS
+        rest = self._rest
         while not self._ended.wait(rest):
             method = self._method()
             if method is None:

@@ -120,7 +120,7 @@ class TFWatch(Watch):
             self.close()
             raise
         self.pipeline.consumer.rest_seconds = 2 * REST_SECONDS  # it is woken when steps were read
-        self._thread = ReadingThread(self._read)
+        self._thread = ReadingThread(self._read, steps.rest_seconds)
 
     def _hook(self, model: Any, optimizer: Any) -> None:
         if optimizer is not None and self._windows is not None:
